@@ -1,0 +1,350 @@
+"""What a run is: Shape (changes bytes), Recipe (changes weights), Run (changes neither). No torch here.
+
+Everything that can be derived from a field is a property, never a second field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Literal
+
+CONTROL_ROLES = ("attn_scale", "mlp_scale", "resid_mix", "qk_gain", "skip_weight")
+
+
+class UsageError(Exception):
+    """A user's mistake: one sentence that names the option, its value and the way out. Scripts exit 2 on it."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model's architecture; together with the grid widths it decides the artifact's bytes."""
+
+    vocab_size: int = 1024
+    """Pieces of the tokenizer."""
+    width: int = 512
+    """Channels of the residual stream."""
+    heads: int = 8
+    """Query heads; width / heads is the head size."""
+    kv_heads: int = 4
+    """Key and value heads, shared by groups of query heads."""
+    mlp_ratio: float = 2.0
+    """Hidden width of the MLP over the model's width."""
+    prelude: int = 0
+    """Unique blocks before the core."""
+    core: int = 9
+    """Unique blocks that run `loops` times in a row."""
+    coda: int = 0
+    """Unique blocks after the core."""
+    loops: int = 1
+    """Passes through the core."""
+    rope_base: float = 10000.0
+    """Base of the rotary position angles."""
+    softcap: float = 30.0
+    """Logits are softcap * tanh(logits / softcap)."""
+    skips: bool = True
+    """U-Net skips over the effective layers: the first half pushes, the second half pops."""
+    pass_scalars: bool = False
+    """Give every pass of a shared block its own scales, mixes, gains and skip weights (a few kB)."""
+    matrix_bits: int = 8
+    """Width of the integer grid of the blocks' matrices, 4 to 8."""
+    embed_bits: int = 8
+    """Width of the integer grid of the tied embedding, 4 to 8."""
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_size
+
+    @property
+    def mlp_width(self) -> int:
+        return round(self.mlp_ratio * self.width)
+
+    @property
+    def unique_layers(self) -> int:
+        return self.prelude + self.core + self.coda
+
+    def order(self, loops: int | None = None) -> tuple[int, ...]:
+        """Index of the unique block that runs at each effective layer, the core repeated `loops` times."""
+        middle = tuple(range(self.prelude, self.prelude + self.core)) * (self.loops if loops is None else loops)
+        return (*range(self.prelude), *middle, *range(self.prelude + self.core, self.unique_layers))
+
+    @property
+    def effective_layers(self) -> int:
+        return len(self.order())
+
+    def passes(self, block: int) -> int:
+        """How many times unique block `block` runs."""
+        return self.order().count(block)
+
+    @property
+    def control_rows(self) -> int:
+        """Rows of each bank of control vectors: one a unique block, or one an effective layer."""
+        return self.effective_layers if self.pass_scalars else self.unique_layers
+
+    def skip_layers(self, loops: int | None = None) -> range:
+        """Effective layers that pop a skip: the second half, one pop for each push of the first half."""
+        depth = len(self.order(loops))
+        pushes = depth // 2
+        return range(pushes, 2 * pushes) if self.skips else range(0)
+
+    @property
+    def skip_rows(self) -> dict[int, int]:
+        """Row of the skip bank by key: the effective layer with pass_scalars, else the unique block that pops.
+
+        Keyed by block, a row serves every pass, so neither the artifact's size nor the meaning of a row changes
+        with the number of loops from two on, and loops can be switched on during training.
+        """
+        if self.pass_scalars:
+            return {layer: row for row, layer in enumerate(self.skip_layers())}
+        keys = {self.order(n)[layer] for n in (1, self.loops) for layer in self.skip_layers(n)}
+        return {block: row for row, block in enumerate(sorted(keys))}
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every stored tensor, in storage order; the last part of a name is its role."""
+        width, hidden = self.width, self.mlp_width
+        table: dict[str, tuple[int, ...]] = {"embedding": (self.vocab_size, width)}
+        for block in range(self.unique_layers):
+            table[f"blocks.{block}.query"] = (width, width)
+            table[f"blocks.{block}.key"] = (self.kv_width, width)
+            table[f"blocks.{block}.value"] = (self.kv_width, width)
+            table[f"blocks.{block}.out"] = (width, width)
+            table[f"blocks.{block}.up"] = (hidden, width)
+            table[f"blocks.{block}.down"] = (width, hidden)
+        rows = self.control_rows
+        table["attn_scale"] = table["mlp_scale"] = (rows, width)
+        table["resid_mix"] = (rows, 2, width)
+        table["qk_gain"] = (rows, self.heads)
+        if self.skip_rows:
+            table["skip_weight"] = (len(self.skip_rows), width)
+        return table
+
+    @property
+    def parameter_count(self) -> int:
+        total = 0
+        for shape in self.parameters().values():
+            size = 1
+            for n in shape:
+                size *= n
+            total += size
+        return total
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the weights come about: rates, and fractions of the clock in place of step counts."""
+
+    sequence_length: int = 1024
+    """Tokens a row."""
+    batch_tokens: int = 524_288
+    """Tokens a step, over all ranks and micro-batches."""
+    matrix_rate: float = 0.04
+    """Muon's learning rate."""
+    embed_rate: float = 0.05
+    """Adam's learning rate for the tied embedding."""
+    scalar_rate: float = 0.04
+    """Adam's learning rate for control vectors."""
+    shared_rate: Literal["same", "divided"] = "same"
+    """Divide the rate of a shared block's matrices by its passes, or leave it to Muon's normalisation."""
+    loops_from: float = 0.0
+    """Fraction of the clock at which the core's repeats are switched on; before it the core runs once."""
+    momentum: float = 0.95
+    """Muon's Nesterov momentum after its warm-up."""
+    momentum_start: float = 0.85
+    """Muon's momentum at the start."""
+    momentum_warmup: float = 500 / 13_780
+    """Fraction of the clock over which the momentum rises."""
+    newton_schulz: Literal["quintic", "polar-express"] = "quintic"
+    """Coefficients of the orthogonalising iteration."""
+    newton_schulz_steps: int = 5
+    """Iterations of it."""
+    row_normalize: bool = False
+    """Divide each row of the update by its norm before orthogonalising (MuonEq-R)."""
+    matrix_decay: float = 0.0
+    """Decoupled weight decay of the matrices, times the rate."""
+    embed_decay: float = 0.0
+    """Decoupled weight decay of the embedding, times the rate."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    warmdown: float = 1200 / 13_780
+    """Last fraction of the clock, over which every rate falls linearly."""
+    rate_floor: float = 0.0
+    """Rates fall to this share of their start."""
+    clip_norm: float = 0.0
+    """Clip the gradient's global norm to this; 0 is off."""
+    embed_std: float = 0.005
+    """Standard deviation of the embedding at the start."""
+    qk_gain: float = 1.5
+    """Start of the learned gain on normalised queries."""
+
+    def rate_scale(self, progress: float) -> float:
+        """Factor on every learning rate at `progress` in [0, 1] of the clock."""
+        left = (1.0 - progress) / self.warmdown if self.warmdown > 0 else 1.0
+        return max(min(1.0, left), self.rate_floor)
+
+    def momentum_at(self, progress: float) -> float:
+        """Muon's momentum at `progress` in [0, 1] of the clock."""
+        share = min(1.0, progress / self.momentum_warmup) if self.momentum_warmup > 0 else 1.0
+        return self.momentum_start + (self.momentum - self.momentum_start) * share
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how a run happens; none of it is part of the configuration's fingerprint."""
+
+    data: str = "data/builtin"
+    """Folder written by `python -m golf.prepare` (environment: DATA_PATH)."""
+    seed: int = 1
+    """Seed of the weights' start (environment: SEED)."""
+    name: str = ""
+    """Name of the run folder, runs/DATE-NAME; the preset and seed when empty."""
+    runs: str = "runs"
+    """Folder that holds the run folders."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations and matrix products; auto is bfloat16 where the processor computes it natively."""
+    compile: Literal["auto", "block", "model", "none"] = "auto"
+    """What torch.compile sees; auto is block, or none without a C++ compiler."""
+    threads: int = 0
+    """Threads of the CPU's matrix products; 0 leaves it to torch."""
+    micro_rows: int = 0
+    """Rows a rank computes at a time; 0 is all of its share of the batch."""
+    max_steps: int = 0
+    """Stop after this many steps and read no clock (progress is step / max-steps); 0 trains by the clock."""
+    cap: float = 0.0
+    """Training seconds, if fewer than the track's."""
+    validate_every: int = 0
+    """Steps between looks at the validation loss, outside the clock; 0 is only at the end."""
+    log_every: int = 20
+    """Steps between progress lines."""
+    judge: bool = True
+    """Have the referee score the packed artifact at the end."""
+    allow_over_cap: bool = False
+    """Train even where the budget says that the artifact will not fit."""
+
+
+@dataclass(frozen=True)
+class Track:
+    """Limits of a contest: training and evaluation seconds, and bytes of code plus artifact."""
+
+    train_seconds: float
+    eval_seconds: float
+    bytes_cap: int
+
+
+TRACKS = {
+    "contest": Track(600.0, 600.0, 16_000_000),
+    "laptop": Track(600.0, 600.0, 400_000),
+    "smoke": Track(60.0, 120.0, 400_000),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, whole."""
+
+    preset: str = "custom"
+    track: Literal["contest", "laptop", "smoke"] = "contest"
+    """Whose limits hold."""
+    shape: Shape = field(default_factory=Shape)
+    recipe: Recipe = field(default_factory=Recipe)
+    run: Run = field(default_factory=Run)
+
+    @property
+    def limits(self) -> Track:
+        return TRACKS[self.track]
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds on the training clock: the track's, or fewer when --run.cap asks for fewer."""
+        return self.run.cap or self.limits.train_seconds
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of track, shape and recipe: equal for all seeds and machines of one configuration."""
+        text = json.dumps([self.track, asdict(self.shape), asdict(self.recipe)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def check(self, world_size: int = 1) -> Config:
+        """Return self, or raise UsageError naming the first option that cannot work."""
+        check_shape(self.shape)
+        check_recipe(self.recipe, self.run, world_size)
+        for name in ("seed", "threads", "max_steps", "cap", "validate_every", "log_every"):
+            require(getattr(self.run, name) >= 0, f"run.{name}", getattr(self.run, name), "give 0 or more")
+        limit = self.limits.train_seconds
+        require(self.run.cap <= limit, "run.cap", self.run.cap, f"the {self.track} track allows {limit:g} s")
+        return self
+
+
+def require(condition: bool, option: str, value: object, way_out: str) -> None:
+    """Raise UsageError("--option value: way out") unless `condition` holds."""
+    if not condition:
+        raise UsageError(f"--{option.replace('_', '-')} {value}: {way_out}.")
+
+
+def check_shape(shape: Shape) -> None:
+    """Raise UsageError for a shape that no model can have."""
+    for name in ("vocab_size", "width", "heads", "kv_heads", "core", "loops"):
+        require(getattr(shape, name) >= 1, f"shape.{name}", getattr(shape, name), "give 1 or more")
+    for name in ("prelude", "coda"):
+        require(getattr(shape, name) >= 0, f"shape.{name}", getattr(shape, name), "give 0 or more")
+    width, heads = shape.width, shape.heads
+    near = max(1, width // heads) * heads
+    require(width % heads == 0, "shape.width", width, f"not divisible by {heads} heads, {near} is")
+    require(shape.head_size % 2 == 0, "shape.heads", heads, f"the head size {shape.head_size} must be even for RoPE")
+    require(heads % shape.kv_heads == 0, "shape.kv_heads", shape.kv_heads, f"must divide the {heads} heads")
+    require(shape.mlp_width >= 1, "shape.mlp_ratio", shape.mlp_ratio, "give more than 0")
+    require(shape.vocab_size <= 65_536, "shape.vocab_size", shape.vocab_size, "tokens are stored in 16 bits")
+    require(shape.softcap > 0, "shape.softcap", shape.softcap, "give more than 0")
+    require(shape.rope_base > 1, "shape.rope_base", shape.rope_base, "give more than 1")
+    for name in ("matrix_bits", "embed_bits"):
+        require(4 <= getattr(shape, name) <= 8, f"shape.{name}", getattr(shape, name), "give 4 to 8")
+
+
+def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:
+    """Raise UsageError for a batch that does not divide over rows and ranks, or a fraction outside [0, 1]."""
+    length, batch = recipe.sequence_length, recipe.batch_tokens
+    require(length >= 2, "recipe.sequence_length", length, "give 2 or more")
+    require(batch >= length, "recipe.batch_tokens", batch, f"give at least one row of {length} tokens")
+    require(batch % length == 0, "recipe.batch_tokens", batch, f"give a multiple of the sequence length {length}")
+    rows = batch // length
+    require(
+        rows % world_size == 0,
+        "recipe.batch_tokens",
+        batch,
+        f"its {rows} rows do not divide over {world_size} ranks, start a number of processes that divides {rows}",
+    )
+    micro = run.micro_rows
+    share = rows // world_size
+    require(micro >= 0 and (micro == 0 or share % micro == 0), "run.micro_rows", micro, f"must divide {share} rows")
+    for name in ("loops_from", "momentum_warmup", "warmdown", "rate_floor", "momentum", "momentum_start"):
+        value = getattr(recipe, name)
+        require(0 <= value <= 1, f"recipe.{name}", value, "give a fraction from 0 to 1")
+    for name in ("matrix_rate", "embed_rate", "scalar_rate", "matrix_decay", "embed_decay", "clip_norm", "embed_std"):
+        require(getattr(recipe, name) >= 0, f"recipe.{name}", getattr(recipe, name), "give 0 or more")
+    require(recipe.newton_schulz_steps >= 1, "recipe.newton_schulz_steps", recipe.newton_schulz_steps, "give 1 or more")
+
+
+def shape_from_dict(values: object) -> Shape:
+    """Shape from a stranger's JSON object, types and ranges checked. Raises UsageError."""
+    if not isinstance(values, dict):
+        raise UsageError("The shape is not a JSON object.")
+    kinds = {f.name: type(f.default) for f in fields(Shape)}
+    unknown = sorted(set(values) - set(kinds))
+    if unknown:
+        raise UsageError(f"The shape has the unknown field {unknown[0]!r}.")
+    for name, value in values.items():
+        wanted = (int, float) if kinds[name] is float else (kinds[name],)
+        if type(value) not in wanted:
+            raise UsageError(f"The shape's field {name} is {value!r}, not of type {kinds[name].__name__}.")
+        if type(value) in (int, float) and not abs(value) <= 1e9:
+            raise UsageError(f"The shape's field {name} is {value!r}, out of range.")
+    shape = Shape(**values)
+    check_shape(shape)
+    require(shape.unique_layers <= 1024 and shape.effective_layers <= 65_536, "shape.core", shape.core, "too many blocks")
+    return shape

@@ -1,0 +1,79 @@
+"""What people see on a terminal, and how a script ends: one sentence and exit 2 for a user's mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import re
+import sys
+from collections.abc import Callable
+
+from golf.config import UsageError
+
+
+def run_script(main: Callable[[], int | None]) -> int:
+    """Run a script's main; return its exit code. Mistakes, full disks and Ctrl-C end in one sentence."""
+    try:
+        return main() or 0
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        return 130
+
+
+def parse(parser: Callable, *arguments: object, **options: object) -> object:
+    """Call one of tyro's parsers; its drawn box about a wrong option becomes a UsageError of one sentence."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parser(*arguments, **options)
+    except SystemExit as end:
+        if end.code == 2:
+            raise UsageError(fold(said.getvalue())) from None
+        raise
+
+
+def fold(box: str) -> str:
+    """The words of a drawn box on one line, without its frame, title, helptext and pointer to --help."""
+    words = re.sub(r"\u256d.*?\u256e", " ", box)  # the frame's first line holds the box's title
+    words = re.sub(r"[\u2500-\u257f]+", " ", words)
+    words = re.sub(r"\s+", " ", words)
+    words = re.sub(r"Argument helptext:.*|For full helptext.*|Error parsing ", "", words)
+    words = re.sub(r"(Perhaps you meant: (--\S+)).*", r"\1", words)
+    return words.strip().rstrip(".") + "; see --help."
+
+
+class Stage:
+    """A progress bar on a terminal, one line with the seconds elsewhere."""
+
+    def __init__(self, name: str, total: int, unit: str):
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console()
+        columns = [TextColumn("{task.description}"), BarColumn()]
+        if unit == "B":
+            columns += [DownloadColumn(), TimeRemainingColumn()]
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
+        self.task = self.bar.add_task(name, total=total or None)
+        self.name = name
+
+    def __enter__(self) -> Stage:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+        if error[0] is None:
+            print(f"{self.name}: done in {self.bar.tasks[0].elapsed or 0:.1f} s")
+
+    def advance(self, amount: int) -> None:
+        self.bar.advance(self.task, amount)

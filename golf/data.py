@@ -1,0 +1,159 @@
+"""Token shards in the contest's public format, and the batches a rank reads from them.
+
+A shard is 256 little-endian int32 (20240520, 1, token count, zeros), then that many uint16 tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from golf.config import UsageError
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_BYTES = HEADER_INTS * 4
+BOS = 1
+
+
+def write_bytes(path: Path, *parts: bytes) -> None:
+    """Write a file whole or not at all: aside, fsync, rename. Raises OSError; leaves no temporary file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as out:
+            for part in parts:
+                out.write(part)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def shard_header(tokens: int) -> bytes:
+    """The 1,024 bytes before a shard's tokens."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, tokens
+    return header.tobytes()
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Write one shard from a 1-D array of tokens below 65,536."""
+    if tokens.ndim != 1 or (tokens.size and (tokens.min() < 0 or tokens.max() > 0xFFFF)):
+        raise ValueError("a shard holds one row of tokens from 0 to 65,535")
+    write_bytes(path, shard_header(tokens.size), tokens.astype("<u2").tobytes())
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Memory-map a shard's tokens, uint16 (N,). Raises UsageError for a file that is not a whole shard."""
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    except OSError as error:
+        raise UsageError(f"Shard {path} cannot be read ({error.strerror}); prepare the data again.") from error
+    if header.size < HEADER_INTS or header[0] != MAGIC:
+        raise UsageError(f"{path} is not a token shard (no magic {MAGIC} at its start); prepare the data again.")
+    if header[1] != VERSION:
+        raise UsageError(f"Shard {path} has format version {header[1]}, this program reads {VERSION}.")
+    if size != HEADER_BYTES + 2 * int(header[2]):
+        raise UsageError(f"Shard {path} should hold {header[2]} tokens but is {size} bytes long; prepare it again.")
+    if header[2] == 0:
+        return np.zeros(0, dtype="<u2")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+
+
+class Corpus:
+    """A folder that `python -m golf.prepare` wrote: manifest.json, tokenizer.model, train_*.bin and val_*.bin."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        try:
+            self.manifest = json.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise UsageError(
+                f"--run.data {folder}: no {path.name} there ({error.strerror}); run python -m golf.prepare first."
+            ) from error
+        except ValueError as error:
+            raise UsageError(f"--run.data {folder}: {path.name} is not JSON ({error}); prepare it again.") from error
+        try:
+            self.name = str(self.manifest["name"])
+            self.fingerprint = str(self.manifest["fingerprint"])
+            self.vocab_size = int(self.manifest["tokenizer"]["vocab_size"])
+            self.files = {split: [str(f) for f in self.manifest["splits"][split]["files"]] for split in ("train", "val")}
+            self.tokens = {split: int(self.manifest["splits"][split]["tokens"]) for split in ("train", "val")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"--run.data {folder}: {path.name} lacks {error}; prepare it again.") from error
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "tokenizer.model"
+
+    def shards(self, split: str) -> list[np.ndarray]:
+        """The split's shards, every header checked. Raises UsageError for a missing or damaged one."""
+        shards = [read_shard(self.folder / name) for name in self.files[split]]
+        found = sum(s.size for s in shards)
+        if found != self.tokens[split]:
+            raise UsageError(f"The {split} shards in {self.folder} hold {found} tokens, not {self.tokens[split]}.")
+        return shards
+
+    def check(self, vocab_size: int, sequence_length: int) -> None:
+        """Refuse, before any time is spent, data that the model cannot train on. Raises UsageError."""
+        if self.vocab_size != vocab_size:
+            raise UsageError(
+                f"--shape.vocab-size {vocab_size}: the tokenizer in {self.folder} has {self.vocab_size} pieces, "
+                "give that number or other data."
+            )
+        for split in ("train", "val"):
+            for name, shard in zip(self.files[split], self.shards(split), strict=True):
+                top = max((int(shard[i : i + 2**24].max()) for i in range(0, shard.size, 2**24)), default=0)
+                if top >= vocab_size:
+                    raise UsageError(f"Shard {self.folder / name} holds token {top}, the vocabulary ends at {vocab_size}.")
+        for split, least in (("train", sequence_length + 1), ("val", sequence_length + 1)):
+            if self.tokens[split] < least:
+                raise UsageError(
+                    f"--recipe.sequence-length {sequence_length}: the {split} split in {self.folder} has only "
+                    f"{self.tokens[split]} tokens, give a shorter sequence or more text."
+                )
+
+
+class TokenStream:
+    """The shards as one endless row of tokens: read in order, over and over."""
+
+    def __init__(self, shards: list[np.ndarray]):
+        self.shards = [s for s in shards if s.size]
+        self.total = sum(s.size for s in self.shards)
+        self.starts = np.cumsum([0] + [s.size for s in self.shards])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count of the endless row, int64 (count,)."""
+        parts, start = [], start % self.total
+        while count > 0:
+            index = int(np.searchsorted(self.starts, start, side="right")) - 1
+            part = self.shards[index][start - self.starts[index] :][:count]
+            parts.append(part)
+            count -= part.size
+            start = (start + part.size) % self.total
+        return np.concatenate(parts).astype(np.int64)
+
+
+def batches(
+    stream: TokenStream, batch_tokens: int, length: int, rank: int = 0, world: int = 1, micro_rows: int = 0, step: int = 0
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """For each step the rank's micro-batches of (inputs, targets), int64 (rows, length) each.
+
+    A step reads batch_tokens + 1 tokens in order; rows are dealt to ranks in blocks, so that any world size that
+    divides the rows sees the same batch.
+    """
+    rows = batch_tokens // length // world
+    micro = micro_rows or rows
+    while True:
+        first = step * batch_tokens + rank * rows * length
+        tokens = stream.read(first, rows * length + 1)
+        inputs, targets = tokens[:-1].reshape(rows, length), tokens[1:].reshape(rows, length)
+        yield [(inputs[i : i + micro], targets[i : i + micro]) for i in range(0, rows, micro)]
+        step += 1

@@ -1,0 +1,70 @@
+"""Counting a submission folder's bytes, and copying only what is counted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from golf.config import UsageError
+
+# Files that describe a run and that its scorer never sees; all else is counted.
+UNCOUNTED = {"README.md", "submission.json", "verdict.json", "report.html", "tokenizer.model", "log.jsonl", "train.log"}
+UNCOUNTED_FOLDERS = {"source"}
+CODE_SUFFIXES = {".py", ".zip"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a folder on disk."""
+
+    code: int
+    weights: int
+    other: int
+    files: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return self.code + self.weights + self.other
+
+
+def counted(folder: Path) -> list[Path]:
+    """Every file that counts, by its path inside the folder. Raises UsageError for links and special files."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder.")
+    found = []
+    for base, folders, files in os.walk(folder):
+        here = Path(base)
+        if here == folder:
+            folders[:] = [f for f in folders if f not in UNCOUNTED_FOLDERS]
+        for name in sorted(files + [f for f in folders if (here / f).is_symlink()]):
+            path = here / name
+            if path.is_symlink() or not path.is_file():
+                raise UsageError(f"{path} is a link or a special file; a submission holds plain files only.")
+            if here == folder and (name in UNCOUNTED or (name.startswith("train_seed") and name.endswith(".log"))):
+                continue
+            found.append(path)
+        folders.sort()
+    return found
+
+
+def sizes(folder: Path) -> Sizes:
+    """Bytes of code, weights and everything else. Raises UsageError."""
+    totals = {"code": 0, "weights": 0, "other": 0}
+    files = {}
+    for path in counted(folder):
+        size = path.stat().st_size
+        kind = "code" if path.suffix in CODE_SUFFIXES else "weights" if path.suffix == ".bin" else "other"
+        totals[kind] += size
+        files[str(path.relative_to(folder))] = size
+    return Sizes(totals["code"], totals["weights"], totals["other"], files)
+
+
+def copy_counted(folder: Path, target: Path) -> None:
+    """Copy what counts, and the tokenizer, which does not, to `target`: all that a scorer is given."""
+    tokenizer = folder / "tokenizer.model"
+    for path in counted(folder) + ([tokenizer] if tokenizer.is_file() and not tokenizer.is_symlink() else []):
+        goal = target / path.relative_to(folder)
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, goal)

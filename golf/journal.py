@@ -1,0 +1,137 @@
+"""The log of a run: every event a JSON line, and one line on the console every so many steps. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+from golf.bundle import ROOT
+from golf.config import Config
+from golf.data import Corpus
+
+
+def git_state() -> dict:
+    """Commit of the checkout and whether it has uncommitted changes; empty outside one."""
+
+    def ask(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = ask("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))} if commit else {}
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict:
+    """What the numbers of a run depend on besides its configuration."""
+    packages = ("torch", "numpy", "zstandard", "sentencepiece")
+    return {
+        "python": platform.python_version(), "platform": platform.platform(), "processor": processor(),
+        "cores": os.cpu_count(), **{name: metadata.version(name) for name in packages}, **git_state(),
+    }  # fmt: skip
+
+
+def start_row(config: Config, corpus: Corpus, machine: dict) -> dict:
+    """First row of a log."""
+    return {
+        "event": "start", "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv,
+        "environment": environment(), "machine": {k: str(v) for k, v in machine.items()},
+        "config": asdict(config), "fingerprint": config.fingerprint,
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, "train_tokens": corpus.tokens["train"]},
+    }  # fmt: skip
+
+
+class Journal:
+    """Append-only log.jsonl of one run, and its console lines."""
+
+    def __init__(self, folder: Path, config: Config, rank: int):
+        self.config, self.rank, self.folder = config, rank, folder
+        self.file = open(folder / "log.jsonl", "a", encoding="utf-8") if rank == 0 else None
+        self.environment: dict = {}
+        self.last_step_logged = 0
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self.file is None:
+            return
+        if error is not None:
+            self.write({"event": "failed", "error": f"{type(error).__name__}: {error}"[:2000]})
+        self.file.close()
+
+    def write(self, row: dict) -> None:
+        """Log a row; print what people follow."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        speak = getattr(self, "on_" + row["event"].replace("-", "_"), None)
+        if speak:
+            speak(row)
+
+    def on_start(self, row: dict) -> None:
+        shape, machine = self.config.shape, row["machine"]
+        self.environment = row["environment"]
+        print(
+            f"{self.config.preset} seed {self.config.run.seed}: {shape.parameter_count:,} parameters, "
+            f"{shape.unique_layers} unique and {shape.effective_layers} effective layers, width {shape.width}; "
+            f"{machine['world']} x {machine['device']} {machine['dtype'][6:]}, compile {machine['compile']}; "
+            f"corpus {row['corpus']['name']} -> {self.folder}"
+        )
+
+    def on_memory(self, row: dict) -> None:
+        print(row["message"])
+
+    def on_warm_up(self, row: dict) -> None:
+        print(f"warm-up {row['seconds']:.1f} s (outside the clock)", flush=True)
+
+    def on_step(self, row: dict) -> None:
+        if row["step"] != 1 and row["step"] % max(1, self.config.run.log_every):
+            return
+        speed = row["tokens"] / max(row["elapsed"], 1e-9)
+        if self.config.run.max_steps:
+            left = f"{self.config.run.max_steps - row['step']} steps left"
+        else:
+            left = f"{row['limit'] - row['elapsed']:.0f} s left"
+        print(
+            f"step {row['step']:>6}  loss {row['loss']:.4f}  {speed:>9,.0f} tokens/s  {row['ms']:>7.1f} ms/step  {left}",
+            flush=True,
+        )
+
+    def on_validation(self, row: dict) -> None:
+        print(f"step {row['step']:>6}  val_loss {row['val_loss']:.4f}  val_bpb {row['val_bpb']:.4f}", flush=True)
+
+    def on_trained(self, row: dict) -> None:
+        why = f": {row['reason']}" if row["reason"] else ""
+        print(f"training {row['status']}{why} after {row['steps']} steps, {row['train_seconds']:.2f} s", flush=True)
+
+    def on_unpacked(self, row: dict) -> None:
+        if row["val_bpb"] is not None:
+            print(f"before packing: val_loss {row['val_loss']:.5f}  val_bpb {row['val_bpb']:.5f}", flush=True)
+
+    def close_with(self, record: object) -> None:
+        """Log the finished record and print its closing block."""
+        self.write({"event": "record", **record.as_dict()})
+        for key, value in record.closing().items():
+            print(f"{key}: {value}")

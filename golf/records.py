@@ -1,0 +1,240 @@
+"""A run's record: submission.json with one schema, checked on read and write; folders, README and leaderboard."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
+
+from golf.bundle import ROOT
+from golf.config import Config, UsageError
+from golf.data import Corpus, write_bytes
+from golf.folders import sizes
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """submission.json: the ten keys that public contest records share, then ours. Other keys are kept in `extra`."""
+
+    author: str = ""
+    github_id: str = ""
+    name: str = ""
+    blurb: str = ""
+    date: str = ""
+    track: str = ""
+    val_loss: float | None = None
+    """Nats a token of the reloaded artifact on the whole validation split."""
+    val_bpb: float | None = None
+    bytes_total: int = 0
+    bytes_code: int = 0
+    schema: int = SCHEMA
+    status: str = "complete"
+    """complete, interrupted or crash."""
+    reason: str = ""
+    preset: str = ""
+    seed: int = 0
+    fingerprint: str = ""
+    corpus: str = ""
+    corpus_fingerprint: str = ""
+    tokenizer_sha256: str = ""
+    context: int = 0
+    """Tokens a row that the scorer is asked for."""
+    bytes_model: int = 0
+    bytes_other: int = 0
+    cap: int = 0
+    headroom: int = 0
+    steps: int = 0
+    tokens: int = 0
+    tokens_per_second: float = 0.0
+    train_seconds: float = 0.0
+    eval_seconds: float | None = None
+    train_loss: float | None = None
+    unpacked_val_loss: float | None = None
+    unpacked_val_bpb: float | None = None
+    val_tokens: int | None = None
+    val_bytes: int | None = None
+    model_sha256: str = ""
+    config: dict = field(default_factory=dict)
+    environment: dict = field(default_factory=dict)
+    extra: dict = field(default_factory=dict)
+
+    CLOSING = (
+        "val_bpb", "val_loss", "bytes_code", "bytes_model", "bytes_total", "cap", "headroom", "steps", "tokens",
+        "tokens_per_second", "train_seconds", "eval_seconds",
+    )  # fmt: skip
+
+    def as_dict(self) -> dict:
+        """The JSON object, strangers' keys after ours."""
+        values = asdict(self)
+        extra = values.pop("extra")
+        return {**values, **extra}
+
+    def closing(self) -> dict[str, object]:
+        """The block a run ends with; every value is the one in submission.json."""
+        values = {key: getattr(self, key) for key in self.CLOSING}
+        if self.status != "complete":
+            values["status"] = f"{self.status} ({self.reason})"
+        return {**values, "record": self.extra.get("folder", "")} if "folder" in self.extra else values
+
+
+def check_types(values: dict, where: str) -> None:
+    """Raise UsageError naming the first key whose value has the wrong type."""
+    hints = get_type_hints(Record)
+    for key, value in values.items():
+        allowed = get_args(hints[key]) or (hints[key],)
+        plain = tuple(float if t is float else t for t in allowed)
+        fits = any(
+            (value is None) if t is NoneType else type(value) in (int, float) if t is float else type(value) is t
+            for t in plain
+        )
+        if not fits:
+            wanted = " or ".join("nothing" if t is NoneType else t.__name__ for t in allowed)
+            raise UsageError(f"{where}: {key} is {value!r:.60}, not {wanted}.")
+
+
+def from_dict(values: object, where: str) -> Record:
+    """A Record from a JSON object. Raises UsageError for wrong types or a newer schema."""
+    if not isinstance(values, dict):
+        raise UsageError(f"{where} is not a JSON object.")
+    known = {f.name for f in fields(Record)} - {"extra"}
+    ours = {k: v for k, v in values.items() if k in known}
+    check_types(ours, where)
+    if ours.get("schema", SCHEMA) > SCHEMA:
+        raise UsageError(f"{where} has schema {ours['schema']}, this program reads up to {SCHEMA}.")
+    return Record(**ours, extra={k: v for k, v in values.items() if k not in known})
+
+
+def read(folder: Path) -> Record:
+    """The record in a run folder. Raises UsageError."""
+    path = folder / "submission.json"
+    try:
+        return from_dict(json.loads(path.read_text("utf-8")), str(path))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); name a run folder.") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON ({error}).") from error
+
+
+def write(folder: Path, record: Record) -> None:
+    """Write submission.json and README.md, types checked."""
+    values = asdict(record)
+    values.pop("extra")
+    check_types(values, str(folder / "submission.json"))
+    write_bytes(folder / "submission.json", json.dumps(record.as_dict(), indent=1).encode() + b"\n")
+    write_bytes(folder / "README.md", readme(folder, record).encode())
+
+
+def folder_name(config: Config) -> str:
+    """DATE-NAME; without --run.name the preset, seed and time of day."""
+    name = config.run.name or f"{config.preset}-seed{config.run.seed}-{time.strftime('%H%M%S')}"
+    if "/" in name or name.startswith("."):
+        raise UsageError(f"--run.name {name}: give a plain folder name.")
+    return f"{time.strftime('%Y-%m-%d')}-{name}"
+
+
+def create_folder(folder: Path) -> None:
+    """Make the run folder; one that exists is refused. Raises UsageError."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        (folder / ".probe").touch()
+        (folder / ".probe").unlink()
+    except FileExistsError:
+        raise UsageError(f"--run.name: {folder} exists already, give another name.") from None
+    except OSError as error:
+        raise UsageError(f"--run.runs: {folder} cannot be written ({error.strerror}), give another folder.") from error
+
+
+def from_run(
+    folder: Path, config: Config, corpus: Corpus, result: object, unpacked: object | None, environment: dict
+) -> Record:
+    """The record of a finished run that has not been judged yet."""
+    measured = sizes(folder)
+    shape = config.shape
+    return Record(
+        name=folder.name, date=time.strftime("%Y-%m-%d"), track=config.track,
+        blurb=f"{shape.unique_layers} unique blocks, {shape.effective_layers} effective layers, width {shape.width}, "
+        f"vocabulary {shape.vocab_size}, Muon under a clock of {config.train_seconds:g} s",
+        bytes_total=measured.total, bytes_code=measured.code, bytes_model=measured.weights,
+        bytes_other=measured.other, cap=config.limits.bytes_cap, headroom=config.limits.bytes_cap - measured.total,
+        status=result.status, reason=result.reason, preset=config.preset, seed=config.run.seed,
+        fingerprint=config.fingerprint, corpus=corpus.name, corpus_fingerprint=corpus.fingerprint,
+        tokenizer_sha256=str(corpus.manifest["tokenizer"].get("sha256", "")),
+        context=config.recipe.sequence_length, steps=result.steps, tokens=result.tokens,
+        tokens_per_second=round(result.tokens / result.train_seconds, 1) if result.train_seconds else 0.0,
+        train_seconds=round(result.train_seconds, 3), train_loss=result.loss if result.steps else None,
+        unpacked_val_loss=unpacked.loss if unpacked else None, unpacked_val_bpb=unpacked.bpb if unpacked else None,
+        config=json.loads(json.dumps(asdict(config))), environment=environment, extra={"folder": str(folder)},
+    )  # fmt: skip
+
+
+def judged(folder: Path, record: Record, data: Path) -> Record:
+    """Have the referee score the folder in a process of its own; write and return the completed record."""
+    command = [sys.executable, str(ROOT / "eval_bpb.py"), str(folder), "--data", str(data), "--json"]
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=alone, check=False)
+    try:
+        verdict = json.loads(done.stdout)
+        record = replace(
+            record, val_loss=verdict["val_loss"], val_bpb=verdict["val_bpb"], eval_seconds=verdict["eval_seconds"],
+            val_tokens=verdict["val_tokens"], val_bytes=verdict["val_bytes"], model_sha256=verdict["model_sha256"],
+        )  # fmt: skip
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"The referee gave no score for {folder} (exit {done.returncode}, {error!r}).") from error
+    write(folder, record)
+    return record
+
+
+def readme(folder: Path, record: Record) -> str:
+    """The run folder's README, all of it from the record."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in record.closing().items() if key != "record")
+    shape, recipe = record.config.get("shape", {}), record.config.get("recipe", {})
+    settings = "\n".join(f"| {key} | {value} |" for key, value in {**shape, **recipe}.items())
+    command = f"SEED={record.seed} python train_gpt.py {record.preset}"
+    return (
+        f"# {record.name}\n\n{record.blurb}. Track `{record.track}`, corpus `{record.corpus}` "
+        f"({record.corpus_fingerprint}), seed {record.seed}, status {record.status}.\n\n"
+        f"| result | value |\n|---|---|\n{rows}\n\n"
+        f"Before packing: val_loss {record.unpacked_val_loss}, val_bpb {record.unpacked_val_bpb}.\n\n"
+        f"From a checkout: `{command}` with the settings below; the packed model is scored by "
+        f"`python eval_bpb.py {folder.name}`.\n\n"
+        f"| setting | value |\n|---|---|\n{settings}\n"
+    )
+
+
+def all_records(runs: Path) -> list[tuple[Path, Record | UsageError]]:
+    """Every run folder below `runs` with its record, or with the reason why it has none."""
+    found: list[tuple[Path, Record | UsageError]] = []
+    for folder in sorted(p for p in runs.iterdir() if p.is_dir()) if runs.is_dir() else []:
+        if not (folder / "log.jsonl").exists() and not (folder / "submission.json").exists():
+            continue
+        try:
+            found.append((folder, read(folder)))
+        except UsageError as error:
+            found.append((folder, error))
+    return found
+
+
+def leaderboard(runs: Path) -> str:
+    """Markdown tables of all scored runs, best first; corpora and tracks are never mixed."""
+    boards: dict[tuple[str, str, str], list[tuple[Path, Record]]] = {}
+    for folder, record in all_records(runs):
+        if isinstance(record, Record) and record.val_bpb is not None:
+            boards.setdefault((record.track, record.corpus, record.corpus_fingerprint), []).append((folder, record))
+    parts = ["# Leaderboard\n\nGenerated by `python record.py leaderboard`; scores are of the reloaded artifacts.\n"]
+    for (track, corpus, fingerprint), rows in sorted(boards.items()):
+        parts.append(f"\n## {track}: {corpus} ({fingerprint})\n\n"
+                     "| val_bpb | run | seed | bytes | headroom | steps | train s | status |\n|---|---|---|---|---|---|---|---|\n")  # fmt: skip
+        for folder, r in sorted(rows, key=lambda row: row[1].val_bpb):
+            note = r.status if r.headroom >= 0 else f"{r.status}, over the cap"
+            parts.append(f"| {r.val_bpb:.4f} | {folder.name} | {r.seed} | {r.bytes_total:,} | {r.headroom:,} | "
+                         f"{r.steps:,} | {r.train_seconds:.1f} | {note} |\n")  # fmt: skip
+    return "".join(parts)

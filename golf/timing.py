@@ -1,0 +1,67 @@
+"""Timing training steps on this machine, for budget.py's predictions."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+import train_gpt
+from golf.config import Config, Run
+from golf.journal import processor
+from golf.muon import Optimizers
+from golf.presets import PRESETS
+
+
+def step_time(config: Config, steps: int = 5) -> float:
+    """Median seconds of a training step, warm-up left out."""
+    torch._dynamo.reset()
+    machine = train_gpt.set_up(config)
+    model = train_gpt.RecurrentGPT(config.shape).initialize(config.recipe, 1).to(machine.device)
+    optimizers = Optimizers(model, config.recipe)
+    train_gpt.compile_model(model, machine.compile)
+    rows = config.recipe.batch_tokens // config.recipe.sequence_length
+    train_gpt.warm_up(model, optimizers, config, machine, rows)
+    generator = np.random.default_rng(0)
+    taken = []
+    for _ in range(steps):
+        tokens = generator.integers(0, config.shape.vocab_size, (rows, config.recipe.sequence_length + 1))
+        began = machine.now()
+        optimizers.zero_grad()
+        train_gpt.accumulate(model, [(tokens[:, :-1].copy(), tokens[:, 1:].copy())], machine, config.shape.loops)
+        optimizers.gradient_norm()
+        optimizers.step(0.5)
+        taken.append(machine.now() - began)
+    return sorted(taken)[len(taken) // 2]
+
+
+def measure_machine() -> dict:
+    """Step times of small shapes, compiled as `auto` says and in plain float32, and what the machine is."""
+    samples: dict[str, list[tuple[Config, float]]] = {}
+    plain = Run(dtype="float32", compile="none")
+    for kind, names, run in (
+        ("fast", ("laptop", "laptop_flat", "smoke", "laptop_naive"), Run()),
+        ("plain", ("laptop_naive", "laptop_flat", "smoke", "laptop"), plain),
+    ):
+        for name in names:
+            config = replace(PRESETS[name], run=run)
+            samples.setdefault(kind, []).append((config, step_time(config)))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return {
+        "processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "measured": time.strftime("%Y-%m-%d"), "memory_gb": round(memory, 1), "samples": samples,
+    }  # fmt: skip
+
+
+def fit(samples: list[tuple[float, float, float, float]]) -> list[float]:
+    """Non-negative seconds a FLOP, an element and a logit that explain the steps best, relative to each step."""
+    from scipy.optimize import nnls
+
+    rows = np.array(samples)
+    work, seconds = rows[:, :3], rows[:, 3:]
+    scale = work.max(axis=0)
+    solution, _ = nnls(work / scale / seconds, np.ones(len(rows)))
+    return [float(v) for v in solution / scale]
