@@ -1,8 +1,8 @@
 """The artifact: weights to bytes and back, and a folder's bytes against the cap. None of it imports torch.
 
-    python artifact.py check FOLDER [--json]
-    python artifact.py unpack FOLDER/model.bin WEIGHTS.safetensors
-    python artifact.py pack WEIGHTS.safetensors MODEL.bin [--matrix-bits N] [--embed-bits N]
+python artifact.py check FOLDER [--json]
+python artifact.py unpack FOLDER/model.bin WEIGHTS.safetensors
+python artifact.py pack WEIGHTS.safetensors MODEL.bin [--matrix-bits N] [--embed-bits N]
 """
 
 from __future__ import annotations
@@ -106,7 +106,11 @@ dumps, loads = json.dumps, json.loads  # the commands have an option called json
 
 def show(result: dict, as_json: bool) -> None:
     """Print a result for a machine or for a person."""
-    print(dumps(result) if as_json else "\n".join(f"{k}: {v:,}" if type(v) is int else f"{k}: {v}" for k, v in result.items()))
+    print(
+        dumps(result)
+        if as_json
+        else "\n".join(f"{k}: {v:,}" if type(v) is int else f"{k}: {v}" for k, v in result.items())
+    )
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """Before training: bytes, FLOPs, steps and memory of a configuration, without torch.
 
-    python budget.py PRESET [flags] [--json] [--machine NAME]
-    python budget.py table            the looping proposal's six shapes beside its own claims
-    python budget.py measure          time this machine's training steps once (uses torch)
+python budget.py PRESET [flags] [--json] [--machine NAME]
+python budget.py table            the looping proposal's six shapes beside its own claims
+python budget.py measure          time this machine's training steps once (uses torch)
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from golf import bundle
 from golf.config import CONTROL_ROLES, Config, UsageError
 
 MEASURED = Path(__file__).resolve().parent / "machine.json"
-LOSSLESS_OVERHEAD = 1.012  # zstd-22 over the entropy of Gaussian weights on their grid; measured on trained runs, LAB.md
+LOSSLESS_OVERHEAD = (
+    1.012  # zstd-22 over the entropy of Gaussian weights on their grid; measured on trained runs, LAB.md
+)
 HEADER_BYTES = 700
 
 
@@ -43,7 +45,9 @@ MACHINES = {
     "8xH100": Rates(H100.per_flop / 8, H100.per_element / 8, memory_gb=80, source=H100.source),
     "1xH100": H100,
     # Scaled by dense bfloat16 rate (989 to 58 TFLOP/s) and memory bandwidth (3,350 to 504 GB/s).
-    "RTX4070": Rates(H100.per_flop * 989 / 58, H100.per_element * 3350 / 504, memory_gb=12, source="scaled from the H100"),
+    "RTX4070": Rates(
+        H100.per_flop * 989 / 58, H100.per_element * 3350 / 504, memory_gb=12, source="scaled from the H100"
+    ),
 }
 
 
@@ -92,14 +96,17 @@ def forward_flops(config: Config, loops: int | None = None) -> int:
     return len(shape.order(loops)) * (layer + attention) + 2 * shape.width * shape.vocab_size
 
 
-def step_seconds(config: Config, rates: Rates, loops: int | None = None) -> float:
-    """Predicted seconds of one training step."""
+def step_work(config: Config, loops: int | None = None) -> tuple[int, int, int]:
+    """FLOPs, elements and logits of one training step."""
     tokens, shape = config.recipe.batch_tokens, config.shape
     elements = len(shape.order(loops)) * shape.width
-    return tokens * (
-        3 * forward_flops(config, loops) * rates.per_flop + elements * rates.per_element
-        + shape.vocab_size * rates.per_logit
-    )  # fmt: skip
+    return tokens * 3 * forward_flops(config, loops), tokens * elements, tokens * shape.vocab_size
+
+
+def step_seconds(config: Config, rates: Rates, loops: int | None = None) -> float:
+    """Predicted seconds of one training step."""
+    flops, elements, logits = step_work(config, loops)
+    return flops * rates.per_flop + elements * rates.per_element + logits * rates.per_logit
 
 
 def steps_in_cap(config: Config, rates: Rates) -> int:
@@ -161,7 +168,8 @@ def plan(config: Config, machine: str = "8xH100") -> dict:
         "bytes": classes, "bytes_model": sum(classes.values()), "bytes_code": code, "bytes_total": total,
         "cap": config.limits.bytes_cap, "headroom": config.limits.bytes_cap - total,
         "fits": total <= config.limits.bytes_cap, "flops_per_token": 3 * forward_flops(config),
-        "machine": machine, "rates": rates.source, "step_ms": round(1e3 * step_seconds(config, rates), 2), "steps": steps,
+        "machine": machine, "rates": rates.source, "step_ms": round(1e3 * step_seconds(config, rates), 2),
+        "steps": steps,
         "tokens": steps * config.recipe.batch_tokens,
         "training_memory": training_memory(config, 8 if machine.startswith("8x") else 1),
     }  # fmt: skip
@@ -216,6 +224,7 @@ uses 6 bits. The proposal counts 20,000 steps and 10.5 B tokens for the baseline
 
 def show(rows: list[dict]) -> None:
     """Print rows as an aligned table."""
+
     def text(value: object) -> str:
         return "-" if value is None else f"{value:,}" if type(value) is int else str(value)
 
@@ -232,11 +241,7 @@ def measure() -> dict:
     result = timing.measure_machine()
     rates = {}
     for kind, samples in result.pop("samples").items():
-        fitted = timing.fit([
-            (c.recipe.batch_tokens * 3 * forward_flops(c), c.recipe.batch_tokens * c.shape.effective_layers * c.shape.width,
-             c.recipe.batch_tokens * c.shape.vocab_size, seconds)
-            for c, seconds in samples
-        ])  # fmt: skip
+        fitted = timing.fit([(*step_work(c), seconds) for c, seconds in samples])
         rates[kind] = asdict(Rates(*fitted, memory_gb=result["memory_gb"], source=f"measured: {result['processor']}"))
         for c, seconds in samples:
             predicted = step_seconds(c, Rates(*fitted))

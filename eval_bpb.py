@@ -9,6 +9,7 @@ byte count, the clock and the sum of nats are the referee's own.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -77,7 +78,15 @@ class Host:
         kept = ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TMPDIR")
         environment = {k: os.environ[k] for k in kept if k in os.environ}
         environment["HOME"] = self.copy.name
-        arguments = [sys.executable, "-I", str(HOST), self.copy.name, self.buffers.name, str(request_read), str(answer_write)]
+        arguments = [
+            sys.executable,
+            "-I",
+            str(HOST),
+            self.copy.name,
+            self.buffers.name,
+            str(request_read),
+            str(answer_write),
+        ]
         self.process = subprocess.Popen(
             arguments, stdin=subprocess.DEVNULL, stdout=self.printed, stderr=self.printed, cwd=self.copy.name,
             env=environment, pass_fds=(request_read, answer_write),
@@ -96,10 +105,8 @@ class Host:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.requests.close()
-        except BrokenPipeError:
-            pass
         os.close(self.answers)
         self.printed.close()
         self.copy.cleanup()
@@ -150,7 +157,11 @@ class Host:
 
 
 def score_tokens(
-    ask: Callable[[np.ndarray], np.ndarray], vocab: int, tokens: np.ndarray, context: int, official: bool,
+    ask: Callable[[np.ndarray], np.ndarray],
+    vocab: int,
+    tokens: np.ndarray,
+    context: int,
+    official: bool,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[float, int]:
     """Nats (float64) and targets of a stream of tokens, rows of `context`; the partial last row too unless official."""

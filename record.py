@@ -1,6 +1,6 @@
 """Run folders: the leaderboard.
 
-    python record.py leaderboard [--runs DIR]
+python record.py leaderboard [--runs DIR]
 """
 
 from __future__ import annotations

@@ -8,11 +8,16 @@ In a run folder this file is also the submission: load_scorer(folder) returns th
 
 from __future__ import annotations
 
-import ctypes
+import sys
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answer before torch takes its second to load
+    from golf.presets import parse_command_line
+
+    parse_command_line(sys.argv[1:])
+
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,13 +27,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from golf import codec
 from golf.bpb import Score, windows
 from golf.clock import Clock, StepCounter
-from golf.config import Config, UsageError
+from golf.config import Config
 from golf.data import Corpus, TokenStream, batches, write_bytes
+from golf.machine import Machine, accumulate, compile_model, keep_memory, set_up, warm_up_in_memory
 from golf.model import RecurrentGPT
 from golf.muon import Optimizers
 
@@ -61,103 +66,6 @@ def load_scorer(folder: Path | str) -> Scorer:
     """Load the artifact in `folder`. Raises UsageError when it is missing or damaged."""
     keep_memory()
     return Scorer(folder)
-
-
-# == the machine =================================================================================================
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where this rank computes, and how."""
-
-    device: torch.device
-    dtype: torch.dtype
-    compile: str
-    rank: int = 0
-    world: int = 1
-    notes: tuple[str, ...] = ()
-
-    def now(self) -> float:
-        """Seconds, once the device has done all it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def largest(self, value: float) -> float:
-        """The largest of all ranks' values, the same on each."""
-        if self.world == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor.item()
-
-    def total(self, values: list[float]) -> list[float]:
-        """Sums over all ranks."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor.tolist()
-
-
-def keep_memory() -> None:
-    """Have glibc keep freed blocks instead of handing them back and faulting every page in again.
-
-    Activations are allocated and freed at every layer; eager steps took 1.48 times as long without this on 2 cores.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass  # another C library
-
-
-def native_bfloat16(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 matrices itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        capabilities = torch.backends.cpu.get_cpu_capability() if hasattr(torch.backends.cpu, "get_cpu_capability") else ""
-        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        return bool(supported()) and "AVX512" in capabilities
-    return False
-
-
-def set_up(config: Config) -> Machine:
-    """Choose device, type and compilation, and join the other ranks. Raises UsageError for what is not there."""
-    run, notes = config.run, []
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    kind = run.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[kind]
-    if not available:
-        raise UsageError(f"--run.device {kind}: this machine has none, give cpu or auto.")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-    if kind == "mps":
-        notes.append("mps: this device is untested")
-    if run.threads:
-        torch.set_num_threads(run.threads)
-    keep_memory()
-    native = native_bfloat16(device)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(run.dtype)
-    if dtype is None:
-        dtype = torch.bfloat16 if native else torch.float32
-        notes.append(f"dtype: {str(dtype)[6:]}, bfloat16 products are {'' if native else 'not '}native here")
-    mode = run.compile
-    if mode in ("auto", "block", "model") and kind == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        if mode != "auto":
-            raise UsageError(f"--run.compile {mode}: there is no C++ compiler, install g++ or give none.")
-        mode = "none"
-        notes.append("compile: none, there is no C++ compiler")
-    mode = "block" if mode == "auto" else mode
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return Machine(device, dtype, mode, rank, world, tuple(notes))
 
 
 # == training ====================================================================================================
@@ -197,80 +105,6 @@ class Interrupt:
         self.asked = True
 
 
-def compile_model(model: RecurrentGPT, mode: str) -> None:
-    """Compile in place: each block and the head (`block`, one graph whatever the loops), or the whole (`model`)."""
-    if mode == "none":
-        return
-    torch._dynamo.config.recompile_limit = 64  # one code object serves every block
-    if mode == "model":
-        model.compile()
-        return
-    for block in model.blocks:
-        block.compile()
-    model.head_loss = torch.compile(model.head_loss)
-
-
-def accumulate(model: RecurrentGPT, micro: list, machine: Machine, loops: int) -> Tensor:
-    """Gradients of the mean loss over a rank's micro-batches, added to .grad; returns that loss."""
-    total = torch.zeros((), device=machine.device)
-    for inputs, targets in micro:
-        tokens, wanted = (torch.from_numpy(a).to(machine.device, non_blocking=True) for a in (inputs, targets))
-        loss = model(tokens, wanted, dtype=machine.dtype, loops=loops) / len(micro)
-        loss.backward()
-        total += loss.detach()
-    return total
-
-
-def warm_up(model: RecurrentGPT, optimizers: Optimizers, config: Config, machine: Machine, micro_rows: int) -> None:
-    """Compile every graph that training will use, on synthetic tokens; weights and optimiser state are restored."""
-    recipe, shape = config.recipe, config.shape
-    saved = [p.detach().clone() for p in model.parameters()]
-    row = np.arange(micro_rows * recipe.sequence_length, dtype=np.int64).reshape(micro_rows, -1) % shape.vocab_size
-    depths = {shape.loops} | ({1} if recipe.loops_from > 0 else set())
-    for loops in sorted(depths):
-        for _ in range(2):
-            optimizers.zero_grad()
-            accumulate(model, [(row, row)], machine, loops)
-            optimizers.reduce_gradients()
-            optimizers.step(0.0)
-    with torch.no_grad():
-        for p, before in zip(model.parameters(), saved, strict=True):
-            p.copy_(before)
-    optimizers.zero_grad()
-    optimizers.reset()
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def warm_up_in_memory(
-    model: RecurrentGPT, optimizers: Optimizers, config: Config, machine: Machine, report: Callable[[dict], None]
-) -> int:
-    """Warm up, with half the micro-batch if memory runs out once. Returns the rows that fit. Raises UsageError."""
-    rows = config.recipe.batch_tokens // config.recipe.sequence_length // machine.world
-    micro = config.run.micro_rows or rows
-    half = next(n for n in range(max(1, micro // 2), 0, -1) if rows % n == 0)
-    start = [p.detach().clone() for p in model.parameters()]
-    for attempt in (micro, half):
-        failed = 0.0
-        try:
-            warm_up(model, optimizers, config, machine, attempt)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = 1.0
-        if not machine.largest(failed):
-            return attempt
-        report({"event": "memory", "message": f"{attempt} rows at a time do not fit in memory"})
-        optimizers.zero_grad()
-        optimizers.reset()
-        with torch.no_grad():
-            for p, before in zip(model.parameters(), start, strict=True):
-                p.copy_(before)
-    raise UsageError(f"--run.micro-rows {micro}: neither {micro} nor {half} rows fit in memory, give fewer.")
-
-
 @torch.no_grad()
 def validate(model: RecurrentGPT, tokens: np.ndarray, text_bytes: int, config: Config, machine: Machine) -> Score:
     """Score of the unpacked weights on a whole split, shared over the ranks; `text_bytes` is its length."""
@@ -299,8 +133,14 @@ def train(config: Config, corpus: Corpus, machine: Machine, report: Callable[[di
 
     result = Result(model)
     clock: Clock | StepCounter
-    clock = StepCounter(run.max_steps) if run.max_steps else Clock(config.train_seconds, agree=machine.largest, now=machine.now)
-    source = batches(stream, recipe.batch_tokens, recipe.sequence_length, machine.rank, machine.world, micro_rows)
+    clock = (
+        StepCounter(run.max_steps)
+        if run.max_steps
+        else Clock(config.train_seconds, agree=machine.largest, now=machine.now)
+    )
+    source = batches(
+        stream, recipe.batch_tokens, recipe.sequence_length, recipe.loader, machine.rank, machine.world, micro_rows
+    )
     with Interrupt().watched() as interrupt:
         while (progress := clock.begin_step()) is not None:
             if machine.largest(interrupt.asked):
@@ -324,10 +164,10 @@ def train(config: Config, corpus: Corpus, machine: Machine, report: Callable[[di
             result.tokens += recipe.batch_tokens
             result.loss, result.train_seconds = loss, clock.elapsed()
             report({
-                "event": "step", "step": result.steps, "loss": round(loss, 5), "elapsed": round(result.train_seconds, 3),
-                "ms": round(seconds * 1e3, 1), "progress": round(progress, 5), "loops": loops,
-                "rate_scale": round(recipe.rate_scale(progress), 4), "gradient_norm": round(norm, 4),
-                "tokens": result.tokens, "limit": config.train_seconds,
+                "event": "step", "step": result.steps, "loss": round(loss, 5),
+                "elapsed": round(result.train_seconds, 3), "ms": round(seconds * 1e3, 1),
+                "progress": round(progress, 5), "loops": loops, "rate_scale": round(recipe.rate_scale(progress), 4),
+                "gradient_norm": round(norm, 4), "tokens": result.tokens, "limit": config.train_seconds,
             })  # fmt: skip
             if run.validate_every and result.steps % run.validate_every == 0:
                 with clock.paused():
@@ -373,7 +213,9 @@ def main() -> int:
         result = train(config, corpus, machine, log.write)
         unpacked = validation_score(result.model, corpus, config, machine) if result.steps else None
         if machine.rank == 0:
-            log.write({"event": "unpacked", "val_loss": unpacked and unpacked.loss, "val_bpb": unpacked and unpacked.bpb})
+            log.write(
+                {"event": "unpacked", "val_loss": unpacked and unpacked.loss, "val_bpb": unpacked and unpacked.bpb}
+            )
             bundle.write_code(folder)
             shutil.copyfile(corpus.tokenizer, folder / "tokenizer.model")
             pack(result.model, folder / "model.bin", {"preset": config.preset, "seed": config.run.seed})

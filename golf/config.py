@@ -142,6 +142,8 @@ class Recipe:
     """Tokens a row."""
     batch_tokens: int = 524_288
     """Tokens a step, over all ranks and micro-batches."""
+    loader: Literal["sequential", "lanes"] = "sequential"
+    """Rows of a batch are neighbours in the text, or each follows a lane of its own through all of it."""
     matrix_rate: float = 0.04
     """Muon's learning rate."""
     embed_rate: float = 0.05
@@ -346,5 +348,7 @@ def shape_from_dict(values: object) -> Shape:
             raise UsageError(f"The shape's field {name} is {value!r}, out of range.")
     shape = Shape(**values)
     check_shape(shape)
-    require(shape.unique_layers <= 1024 and shape.effective_layers <= 65_536, "shape.core", shape.core, "too many blocks")
+    require(
+        shape.unique_layers <= 1024 and shape.effective_layers <= 65_536, "shape.core", shape.core, "too many blocks"
+    )
     return shape

@@ -38,7 +38,9 @@ def download(name: str, out: Path) -> Path:
 def entry(manifest: dict, section: str, name: str) -> dict:
     """The manifest's row called `name` in one of its lists, or an empty one."""
     rows = manifest.get(section)
-    return next((r for r in rows if isinstance(r, dict) and r.get("name") == name), {}) if isinstance(rows, list) else {}
+    return (
+        next((r for r in rows if isinstance(r, dict) and r.get("name") == name), {}) if isinstance(rows, list) else {}
+    )
 
 
 def fetch(out: Path, variant: str, train_shards: int) -> dict:

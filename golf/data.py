@@ -84,7 +84,9 @@ class Corpus:
             self.name = str(self.manifest["name"])
             self.fingerprint = str(self.manifest["fingerprint"])
             self.vocab_size = int(self.manifest["tokenizer"]["vocab_size"])
-            self.files = {split: [str(f) for f in self.manifest["splits"][split]["files"]] for split in ("train", "val")}
+            self.files = {
+                split: [str(f) for f in self.manifest["splits"][split]["files"]] for split in ("train", "val")
+            }
             self.tokens = {split: int(self.manifest["splits"][split]["tokens"]) for split in ("train", "val")}
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"--run.data {folder}: {path.name} lacks {error}; prepare it again.") from error
@@ -112,7 +114,9 @@ class Corpus:
             for name, shard in zip(self.files[split], self.shards(split), strict=True):
                 top = max((int(shard[i : i + 2**24].max()) for i in range(0, shard.size, 2**24)), default=0)
                 if top >= vocab_size:
-                    raise UsageError(f"Shard {self.folder / name} holds token {top}, the vocabulary ends at {vocab_size}.")
+                    raise UsageError(
+                        f"Shard {self.folder / name} holds token {top}, the vocabulary ends at {vocab_size}."
+                    )
         for split, least in (("train", sequence_length + 1), ("val", sequence_length + 1)):
             if self.tokens[split] < least:
                 raise UsageError(
@@ -142,18 +146,25 @@ class TokenStream:
 
 
 def batches(
-    stream: TokenStream, batch_tokens: int, length: int, rank: int = 0, world: int = 1, micro_rows: int = 0, step: int = 0
-) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    stream: TokenStream, batch_tokens: int, length: int, loader: str = "sequential", rank: int = 0, world: int = 1,
+    micro_rows: int = 0, step: int = 0,
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:  # fmt: skip
     """For each step the rank's micro-batches of (inputs, targets), int64 (rows, length) each.
 
-    A step reads batch_tokens + 1 tokens in order; rows are dealt to ranks in blocks, so that any world size that
-    divides the rows sees the same batch.
+    `sequential` takes a batch's rows one after the other from the stream, as the contest's trainer does. `lanes` cuts
+    the stream into as many lanes as a batch has rows, and row r continues lane r, so that a batch mixes distant text.
+    Rows are dealt to ranks in blocks, so that any world size that divides the rows sees the same batch.
     """
-    rows = batch_tokens // length // world
+    batch_rows = batch_tokens // length
+    rows = batch_rows // world
     micro = micro_rows or rows
     while True:
-        first = step * batch_tokens + rank * rows * length
-        tokens = stream.read(first, rows * length + 1)
-        inputs, targets = tokens[:-1].reshape(rows, length), tokens[1:].reshape(rows, length)
+        numbers = np.arange(rank * rows, (rank + 1) * rows)
+        if loader == "lanes":
+            starts = numbers * (stream.total // batch_rows) + step * length
+        else:
+            starts = (step * batch_rows + numbers) * length
+        tokens = np.stack([stream.read(int(start), length + 1) for start in starts])  # (rows, length + 1)
+        inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         yield [(inputs[i : i + micro], targets[i : i + micro]) for i in range(0, rows, micro)]
         step += 1

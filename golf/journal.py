@@ -55,7 +55,7 @@ def start_row(config: Config, corpus: Corpus, machine: dict) -> dict:
     """First row of a log."""
     return {
         "event": "start", "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv,
-        "environment": environment(), "machine": {k: str(v) for k, v in machine.items()},
+        "environment": environment(), "machine": {k: list(v) if k == "notes" else str(v) for k, v in machine.items()},
         "config": asdict(config), "fingerprint": config.fingerprint,
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, "train_tokens": corpus.tokens["train"]},
     }  # fmt: skip
@@ -99,6 +99,8 @@ class Journal:
             f"{machine['world']} x {machine['device']} {machine['dtype'][6:]}, compile {machine['compile']}; "
             f"corpus {row['corpus']['name']} -> {self.folder}"
         )
+        for note in row["machine"]["notes"]:
+            print(note)
 
     def on_memory(self, row: dict) -> None:
         print(row["message"])
@@ -114,10 +116,8 @@ class Journal:
             left = f"{self.config.run.max_steps - row['step']} steps left"
         else:
             left = f"{row['limit'] - row['elapsed']:.0f} s left"
-        print(
-            f"step {row['step']:>6}  loss {row['loss']:.4f}  {speed:>9,.0f} tokens/s  {row['ms']:>7.1f} ms/step  {left}",
-            flush=True,
-        )
+        pace = f"{speed:>9,.0f} tokens/s  {row['ms']:>7.1f} ms/step"
+        print(f"step {row['step']:>6}  loss {row['loss']:.4f}  {pace}  {left}", flush=True)
 
     def on_validation(self, row: dict) -> None:
         print(f"step {row['step']:>6}  val_loss {row['val_loss']:.4f}  val_bpb {row['val_bpb']:.4f}", flush=True)

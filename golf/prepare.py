@@ -341,7 +341,9 @@ def prepare(source: Source, out: Path, options: Options) -> dict:
     write_texts(spool, validation, out / "val.jsonl")
     manifest = {
         "name": source.name, "fingerprint": spool.hexdigest()[:16], "attribution": source.attribution,
-        "tokenizer": {"kind": "sentencepiece", "vocab_size": table.vocab_size, "sha256": hashlib.sha256(model).hexdigest()},
+        "tokenizer": {
+            "kind": "sentencepiece", "vocab_size": table.vocab_size, "sha256": hashlib.sha256(model).hexdigest(),
+        },
         "splits": {name: asdict(c) for name, c in counts.items()}, "dropped": dropped,
         "validation_threshold": threshold, "request": request,
     }  # fmt: skip
@@ -456,7 +458,9 @@ def make_source(arguments: Arguments) -> Source:
     if kind == "files":
         if not paths:
             raise UsageError("files: name at least one .txt, .md or .jsonl file or a folder.")
-        return sources.files([Path(p) for p in paths], [Path(p) for p in arguments.validation], arguments.name or "files")
+        return sources.files(
+            [Path(p) for p in paths], [Path(p) for p in arguments.validation], arguments.name or "files"
+        )
     if len(paths) != 1:
         raise UsageError("hf: name one dataset, as in `hf roneneldan/TinyStories`.")
     return sources.hugging_face(

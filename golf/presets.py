@@ -20,9 +20,11 @@ def seed_table(name: str, width: int, unique: int, loops: int, bits: int) -> Con
     return Config(name, "contest", shape, Recipe(shared_rate="divided"))
 
 
+LAPTOP_SHAPE = Shape(width=128, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3, matrix_bits=6, embed_bits=6)
 LAPTOP_RECIPE = Recipe(
-    sequence_length=256, batch_tokens=8192, matrix_rate=0.03, embed_rate=0.05, scalar_rate=0.03,
+    sequence_length=256, batch_tokens=8192, loader="lanes", matrix_rate=0.03, embed_rate=0.05, scalar_rate=0.03,
     momentum_warmup=0.1, warmdown=0.6, newton_schulz="polar-express", row_normalize=True, clip_norm=1.0,
+    loops_from=0.35,
 )  # fmt: skip
 
 PRESETS = {
@@ -52,23 +54,18 @@ PRESETS = {
         Config(
             "gpu24gb",
             "contest",
-            Shape(width=640, heads=10, kv_heads=5, prelude=2, core=2, coda=2, loops=3, mlp_ratio=3.0),
+            Shape(
+                width=640, heads=10, kv_heads=5, prelude=2, core=2, coda=2, loops=3, mlp_ratio=3.0, matrix_bits=5,
+                embed_bits=6,
+            ),
             Recipe(
                 sequence_length=1024, batch_tokens=131_072, matrix_rate=0.03, newton_schulz="polar-express",
                 row_normalize=True, loops_from=0.35, warmdown=0.6, clip_norm=1.0,
             ),
             Run(micro_rows=32),
         ),
-        Config(
-            "laptop", "laptop",
-            Shape(width=128, heads=2, kv_heads=1, prelude=1, core=2, coda=1, loops=2, mlp_ratio=3.0, matrix_bits=6, embed_bits=6),
-            LAPTOP_RECIPE,
-        ),
-        Config(
-            "laptop_flat", "laptop",
-            Shape(width=128, heads=2, kv_heads=1, core=4, mlp_ratio=3.0, matrix_bits=6, embed_bits=6),
-            LAPTOP_RECIPE,
-        ),
+        Config("laptop", "laptop", LAPTOP_SHAPE, LAPTOP_RECIPE),
+        Config("laptop_flat", "laptop", replace(LAPTOP_SHAPE, loops=1), LAPTOP_RECIPE),
         Config(
             "laptop_naive", "laptop", Shape(width=96, heads=4, kv_heads=2, core=4),
             replace(BASELINE.recipe, sequence_length=512, batch_tokens=16_384),
@@ -105,6 +102,6 @@ def about(config: Config) -> str:
     """One line on a preset."""
     shape = config.shape
     return (
-        f"{config.track}: {shape.unique_layers} unique, {shape.effective_layers} effective layers, width {shape.width}, "
-        f"vocabulary {shape.vocab_size}"
+        f"{config.track}: {shape.unique_layers} unique, {shape.effective_layers} effective layers, "
+        f"width {shape.width}, vocabulary {shape.vocab_size}"
     )

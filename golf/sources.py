@@ -317,4 +317,6 @@ def hugging_face(
         "source": "hf", "dataset": dataset, "subset": subset, "split": split, "text": text_column,
         "topic": topic_column, "max_bytes": max_bytes,
     }  # fmt: skip
-    return Source(name, read, identity, [f"Hugging Face dataset {dataset} ({subset or 'default'}, {split})"], size=max_bytes)
+    return Source(
+        name, read, identity, [f"Hugging Face dataset {dataset} ({subset or 'default'}, {split})"], size=max_bytes
+    )

@@ -9,9 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-import train_gpt
 from golf.config import Config, Run
 from golf.journal import processor
+from golf.machine import accumulate, compile_model, set_up, warm_up
+from golf.model import RecurrentGPT
 from golf.muon import Optimizers
 from golf.presets import PRESETS
 
@@ -19,19 +20,19 @@ from golf.presets import PRESETS
 def step_time(config: Config, steps: int = 5) -> float:
     """Median seconds of a training step, warm-up left out."""
     torch._dynamo.reset()
-    machine = train_gpt.set_up(config)
-    model = train_gpt.RecurrentGPT(config.shape).initialize(config.recipe, 1).to(machine.device)
+    machine = set_up(config)
+    model = RecurrentGPT(config.shape).initialize(config.recipe, 1).to(machine.device)
     optimizers = Optimizers(model, config.recipe)
-    train_gpt.compile_model(model, machine.compile)
+    compile_model(model, machine.compile)
     rows = config.recipe.batch_tokens // config.recipe.sequence_length
-    train_gpt.warm_up(model, optimizers, config, machine, rows)
+    warm_up(model, optimizers, config, machine, rows)
     generator = np.random.default_rng(0)
     taken = []
     for _ in range(steps):
         tokens = generator.integers(0, config.shape.vocab_size, (rows, config.recipe.sequence_length + 1))
         began = machine.now()
         optimizers.zero_grad()
-        train_gpt.accumulate(model, [(tokens[:, :-1].copy(), tokens[:, 1:].copy())], machine, config.shape.loops)
+        accumulate(model, [(tokens[:, :-1].copy(), tokens[:, 1:].copy())], machine, config.shape.loops)
         optimizers.gradient_norm()
         optimizers.step(0.5)
         taken.append(machine.now() - began)

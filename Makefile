@@ -1,0 +1,46 @@
+# `make demo` and `make test` each do all their own set-up.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo laptop yardstick test test-all lint bench clean
+
+demo: .venv/.installed
+	$(PY) -m golf.prepare builtin
+	$(PY) train_gpt.py smoke
+
+laptop: .venv/.installed
+	$(PY) -m golf.prepare english
+	$(PY) train_gpt.py laptop --run.data data/english
+
+# Development only: real text from the folder that YARDSTICK_DATA names.
+YARDSTICK_TRAIN := openwebtext_val wikipedia_passages genres_nltk english_novels
+yardstick: .venv/.installed
+ifneq ($(wildcard $(YARDSTICK_DATA)/fineweb_val_prefix.jsonl.zst),)
+	$(PY) -m golf.prepare files $(YARDSTICK_TRAIN:%=$(YARDSTICK_DATA)/%.jsonl.zst) \
+		--validation $(YARDSTICK_DATA)/fineweb_val_prefix.jsonl.zst \
+		--tokenizer $(YARDSTICK_DATA)/tokenizers/fineweb_1024_bpe.model.zst --cut 8000 --name yardstick
+else
+	@echo "YARDSTICK_DATA names no folder with the yardstick's text; nothing to do."
+endif
+
+test: .venv/.installed
+	$(PY) -m ruff check .
+	$(PY) -m pytest -m "not slow"
+
+test-all: .venv/.installed
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+bench: .venv/.installed
+	$(PY) bench/train_speed.py
+	$(PY) bench/prepare_speed.py
+	$(PY) bench/start_speed.py
+
+.venv/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv data/builtin data/english

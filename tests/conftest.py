@@ -1,0 +1,63 @@
+"""Real text for the tests: a slice of Python's own library, always there; the yardstick's text where it is named."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from golf import prepare, sources
+
+
+def run(*words: object, cwd: Path = ROOT, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+    """Run a Python script or module of the checkout as a user would."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    env.pop("DATA_PATH", None) if "DATA_PATH" not in environment else None
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture(scope="session")
+def library_texts() -> list[sources.Document]:
+    """Three hundred documents of the standard library."""
+    return list(itertools.islice(sources.builtin().read(), 300))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, library_texts: list[sources.Document]) -> Path:
+    """A small prepared corpus of standard-library text with a vocabulary of 512."""
+    out = tmp_path_factory.mktemp("corpus")
+    source = sources.Source("tiny", lambda: iter(library_texts), {"source": "tiny"}, ["PSF License Version 2"])
+    prepare.prepare(source, out, prepare.Options(vocab_size=512))
+    return out
+
+
+@pytest.fixture(scope="session")
+def yardstick() -> Path:
+    """The folder of real FineWeb text and tokenizers; tests that need it skip politely where it is absent."""
+    folder = Path(os.environ.get("YARDSTICK_DATA", ""))
+    if not (folder / "fineweb_val_prefix.jsonl.zst").is_file():
+        pytest.skip("YARDSTICK_DATA names no folder with the yardstick's text")
+    return folder
+
+
+def unpacked(path: Path) -> bytes:
+    """Contents of a .zst file."""
+    with zstandard.open(path, "rb") as stream:
+        return stream.read()
+
+
+# A model of the same kind as the presets, small enough to train in a second.
+TINY = (
+    "--shape.vocab-size", "512", "--shape.width", "32", "--shape.heads", "2", "--shape.kv-heads", "1",
+    "--recipe.sequence-length", "64", "--recipe.batch-tokens", "512", "--run.compile", "none",
+    "--run.dtype", "float32", "--run.threads", "1", "--run.device", "cpu",
+)  # fmt: skip

@@ -1,0 +1,166 @@
+"""The model against a plain reference, and what sharing must keep true."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from golf.config import Recipe, Shape
+from golf.model import RecurrentGPT, role_of
+
+SHAPE = Shape(vocab_size=97, width=32, heads=4, kv_heads=2, prelude=1, core=2, coda=1, loops=3)
+
+
+def randomized(shape: Shape, seed: int = 0) -> RecurrentGPT:
+    """A model none of whose parameters is at a value that hides a mistake."""
+    model = RecurrentGPT(shape).initialize(Recipe(), seed).double()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+def reference(model: RecurrentGPT, tokens: torch.Tensor, loops: int) -> torch.Tensor:
+    """Logits by loops over positions and heads, written from the definition."""
+    shape, weights = model.shape, dict(model.named_parameters())
+    length = tokens.numel()
+
+    def rms(x):
+        return x / (x.pow(2).mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
+    def rope(x):  # (T, head)
+        half = x.size(-1) // 2
+        out = torch.empty_like(x)
+        for t in range(length):
+            for i in range(half):
+                angle = t * shape.rope_base ** (-i / half)
+                a, b = x[t, i], x[t, i + half]
+                out[t, i] = a * math.cos(angle) + b * math.sin(angle)
+                out[t, i + half] = b * math.cos(angle) - a * math.sin(angle)
+        return out
+
+    def attention(block, x, gain):
+        q, k, v = (x @ weights[f"blocks.{block}.{n}"].T for n in ("query", "key", "value"))
+        heads = []
+        for h in range(shape.heads):
+            size, group = shape.head_size, h // (shape.heads // shape.kv_heads)
+            mine, shared = slice(h * size, (h + 1) * size), slice(group * size, (group + 1) * size)
+            qh, kh = rope(rms(q[:, mine])) * gain[h], rope(rms(k[:, shared]))
+            rows = []
+            for t in range(length):
+                p = torch.softmax(kh[: t + 1] @ qh[t] / math.sqrt(size), 0)
+                rows.append(p @ v[: t + 1, shared])
+            heads.append(torch.stack(rows))
+        return torch.cat(heads, -1) @ weights[f"blocks.{block}.out"].T
+
+    core = list(range(shape.prelude, shape.prelude + shape.core))
+    order = [*range(shape.prelude), *core * loops, *range(shape.prelude + shape.core, shape.unique_layers)]
+    x = x0 = rms(model.embedding[tokens])
+    pushed = []
+    for layer, block in enumerate(order):
+        row = layer if shape.pass_scalars else block
+        if shape.skips and layer < len(order) // 2:
+            push = True
+        else:
+            push = False
+            if shape.skips and pushed:
+                x = x + model.skip_weight[shape.skip_rows[row]] * pushed.pop()
+        x = model.resid_mix[row][0] * x + model.resid_mix[row][1] * x0
+        x = x + model.attn_scale[row] * attention(block, rms(x), model.qk_gain[row])
+        hidden = (rms(x) @ weights[f"blocks.{block}.up"].T).clamp(min=0) ** 2
+        x = x + model.mlp_scale[row] * (hidden @ weights[f"blocks.{block}.down"].T)
+        if push:
+            pushed.append(x)
+    logits = rms(x) @ model.embedding.T
+    return shape.softcap * torch.tanh(logits / shape.softcap)
+
+
+@pytest.mark.parametrize("loops", [1, 3])
+@pytest.mark.parametrize("pass_scalars", [False, True])
+@pytest.mark.parametrize("skips", [True, False])
+def test_logits_equal_the_reference(loops, pass_scalars, skips):
+    if pass_scalars and loops == 1:
+        pytest.skip("scalars for each pass belong to the shape's own loops")
+    model = randomized(replace(SHAPE, pass_scalars=pass_scalars, skips=skips))
+    tokens = torch.randint(0, 97, (7,), generator=torch.Generator().manual_seed(3))
+    ours = model(tokens[None], dtype=torch.float64, loops=loops)[0]
+    # The head returns float32.
+    torch.testing.assert_close(ours.double(), reference(model, tokens, loops), rtol=1e-5, atol=1e-5)
+
+
+def test_two_block_core_stands_on_both_sides_of_the_hinge():
+    shape = Shape(vocab_size=97, width=32, heads=4, kv_heads=2, core=3, loops=3)
+    pushes = set(shape.order()[: shape.skip_layers().start])
+    pops = {shape.order()[layer] for layer in shape.skip_layers()}
+    assert pushes & pops  # a block that pushes in one pass and pops in another
+    model = randomized(shape)
+    tokens = torch.randint(0, 97, (6,), generator=torch.Generator().manual_seed(3))
+    ours = model(tokens[None], dtype=torch.float64)[0]
+    torch.testing.assert_close(ours.double(), reference(model, tokens, 3), rtol=1e-5, atol=1e-5)
+
+
+def test_no_logit_moves_when_a_later_token_does():
+    model = randomized(SHAPE)
+    tokens = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(5))
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 97
+    a, b = model(tokens, dtype=torch.float64), model(changed, dtype=torch.float64)
+    assert torch.equal(a[:, :9], b[:, :9])
+    assert not torch.equal(a[:, 9:], b[:, 9:])
+
+
+def test_shared_blocks_are_one_tensor_with_the_gradients_of_all_passes():
+    looped = randomized(Shape(vocab_size=61, width=16, heads=2, kv_heads=1, core=2, loops=3, skips=False))
+    flat = randomized(Shape(vocab_size=61, width=16, heads=2, kv_heads=1, core=6, skips=False))
+    with torch.no_grad():
+        for name, p in flat.named_parameters():
+            if name.startswith("blocks."):
+                _, index, part = name.split(".")
+                p.copy_(dict(looped.named_parameters())[f"blocks.{int(index) % 2}.{part}"])
+            elif name == "embedding":
+                p.copy_(looped.embedding)
+            else:
+                p.copy_(dict(looped.named_parameters())[name].repeat(3, *[1] * (p.ndim - 1)))
+    tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    for model in (looped, flat):
+        model(tokens[:, :-1], tokens[:, 1:], dtype=torch.float64).backward()
+    for index in range(2):
+        for part in ("query", "down"):
+            own = dict(looped.named_parameters())[f"blocks.{index}.{part}"].grad
+            parts = [dict(flat.named_parameters())[f"blocks.{i}.{part}"].grad for i in range(index, 6, 2)]
+            torch.testing.assert_close(own, sum(parts), rtol=1e-4, atol=1e-7)
+
+
+def test_loss_is_the_cross_entropy_of_the_logits():
+    model = randomized(SHAPE)
+    tokens = torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(2))
+    logits = model(tokens[:, :-1], dtype=torch.float64)
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert model(tokens[:, :-1], tokens[:, 1:], dtype=torch.float64).item() == pytest.approx(expected.item())
+
+
+def test_start_is_the_same_for_a_seed_and_near_uniform():
+    a, b = (RecurrentGPT(SHAPE).initialize(Recipe(), seed=4) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    tokens = torch.randint(0, 97, (2, 33))
+    assert a(tokens[:, :-1], tokens[:, 1:]).item() == pytest.approx(math.log(97), abs=0.05)
+    assert a.embedding.std().item() == pytest.approx(0.005, rel=0.1)
+    assert a.blocks[0].out.abs().max() == 0 == a.blocks[0].down.abs().max()
+
+
+def test_a_parameter_without_a_role_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"blocks\.0\.mystery"):
+        role_of("blocks.0.mystery")
+    model = RecurrentGPT(SHAPE)
+    model.mystery = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="mystery"):
+        model.initialize(Recipe(), 0)
+
+
+def test_compiled_block_is_the_same_for_every_loop_count():
+    model = RecurrentGPT(SHAPE).initialize(Recipe(), 0)
+    assert len({id(block.query) for block in model.blocks}) == SHAPE.unique_layers
+    assert sum(p.numel() for p in model.parameters()) == replace(SHAPE, loops=2).parameter_count
