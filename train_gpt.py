@@ -16,7 +16,6 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answer before
     parse_command_line(sys.argv[1:])
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -83,6 +82,13 @@ class Result:
     train_seconds: float = 0.0
     loss: float = float("nan")
 
+    @torch.no_grad()
+    def take_back(self, weights: list[torch.Tensor], batch_tokens: int) -> None:
+        """Return to the weights before the last update."""
+        for p, before in zip(self.model.parameters(), weights, strict=True):
+            p.copy_(before)
+        self.steps, self.tokens = max(0, self.steps - 1), max(0, self.tokens - batch_tokens)
+
 
 class Interrupt:
     """Whether Ctrl-C or SIGTERM has asked the run to end; the second one ends the program at once."""
@@ -132,6 +138,7 @@ def train(config: Config, corpus: Corpus, machine: Machine, report: Callable[[di
     report({"event": "warm-up", "seconds": round(time.perf_counter() - began, 2), "micro_rows": micro_rows})
 
     result = Result(model)
+    good = [p.detach().clone() for p in optimizers.parameters]  # weights whose loss is known to be finite
     clock: Clock | StepCounter
     clock = (
         StepCounter(run.max_steps)
@@ -154,10 +161,12 @@ def train(config: Config, corpus: Corpus, machine: Machine, report: Callable[[di
             loss = machine.total([float(local_loss)])[0] / machine.world
             if not (np.isfinite(loss) and np.isfinite(norm)):
                 result.status, result.reason = "crash", f"loss {loss}, gradient norm {norm} at step {result.steps + 1}"
+                result.take_back(good, recipe.batch_tokens)  # the update that led here
                 break
             if not clock.may_update():
                 report({"event": "abandoned", "step": result.steps + 1, "elapsed": round(clock.elapsed(), 3)})
                 break
+            torch._foreach_copy_(good, optimizers.parameters)
             optimizers.step(progress)
             seconds = clock.end_step()
             result.steps += 1
@@ -216,9 +225,9 @@ def main() -> int:
             log.write(
                 {"event": "unpacked", "val_loss": unpacked and unpacked.loss, "val_bpb": unpacked and unpacked.bpb}
             )
-            bundle.write_code(folder)
-            shutil.copyfile(corpus.tokenizer, folder / "tokenizer.model")
             pack(result.model, folder / "model.bin", {"preset": config.preset, "seed": config.run.seed})
+            bundle.write_code(folder)
+            write_bytes(folder / "tokenizer.model", corpus.tokenizer.read_bytes())
             record = records.from_run(folder, config, corpus, result, unpacked, log.environment)
             records.write(folder, record)
             if config.run.judge and result.steps:
@@ -226,7 +235,7 @@ def main() -> int:
             log.close_with(record)
     if machine.world > 1:
         dist.destroy_process_group()
-    return 1 if result.status == "crash" else 0
+    return {"complete": 0, "crash": 1, "interrupted": 130}[result.status]
 
 
 if __name__ == "__main__":

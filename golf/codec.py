@@ -45,7 +45,8 @@ def quantize(weight: np.ndarray, bits: int) -> Grid:
     """
     top = 2 ** (bits - 1) - 1
     weight = weight.astype(np.float32)
-    scale = (np.abs(weight).max(axis=1) / top).astype(np.float16)
+    with np.errstate(over="ignore"):  # encode refuses a scale that is not finite
+        scale = (np.abs(weight).max(axis=1) / top).astype(np.float16)
     divisor = np.where(scale > 0, scale, 1).astype(np.float32)
     integers = np.clip(np.rint(weight / divisor[:, None]), -top, top) * (scale > 0)[:, None]
     return Grid(integers.astype(np.int8), scale)
@@ -164,7 +165,8 @@ def unpack_tensors(shape: Shape, raw: dict[str, bytes]) -> dict[str, np.ndarray]
         if kind == "control":
             weights[name] = take("control", "<f2", dims).astype(np.float32)
         else:
-            weights[name] = dequantize(Grid(take(kind, "i1", dims), take("scale", "<f2", dims[:1])))
+            with np.errstate(invalid="ignore"):
+                weights[name] = dequantize(Grid(take(kind, "i1", dims), take("scale", "<f2", dims[:1])))
         if not np.isfinite(weights[name]).all():
             raise UsageError(f"The artifact's tensor {name} is not finite.")
     return weights

@@ -20,7 +20,7 @@ def run_script(main: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}.", file=sys.stderr)
         return 2
@@ -39,6 +39,8 @@ def parse(parser: Callable, *arguments: object, **options: object) -> object:
         if end.code == 2:
             raise UsageError(fold(said.getvalue())) from None
         raise
+    finally:
+        sys.stderr.write("" if isinstance(sys.exception(), UsageError) else said.getvalue())
 
 
 def fold(box: str) -> str:

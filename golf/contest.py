@@ -20,7 +20,9 @@ def download(name: str, out: Path) -> Path:
     """Fetch one file below PREFIX of the dataset to `out`, by its own name; keep one that is there whole."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # one sentence at the end instead of a warning for every retry
     target = out / Path(name).name
     if target.exists():
         return target

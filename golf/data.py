@@ -5,6 +5,7 @@ A shard is 256 little-endian int32 (20240520, 1, token count, zeros), then that 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -110,6 +111,12 @@ class Corpus:
                 f"--shape.vocab-size {vocab_size}: the tokenizer in {self.folder} has {self.vocab_size} pieces, "
                 "give that number or other data."
             )
+        try:
+            found = hashlib.sha256(self.tokenizer.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UsageError(f"{self.tokenizer} cannot be read ({error.strerror}); prepare the data again.") from error
+        if found != self.manifest["tokenizer"].get("sha256"):
+            raise UsageError(f"{self.tokenizer} is not the tokenizer that made the shards; prepare the data again.")
         for split in ("train", "val"):
             for name, shard in zip(self.files[split], self.shards(split), strict=True):
                 top = max((int(shard[i : i + 2**24].max()) for i in range(0, shard.size, 2**24)), default=0)
@@ -117,8 +124,8 @@ class Corpus:
                     raise UsageError(
                         f"Shard {self.folder / name} holds token {top}, the vocabulary ends at {vocab_size}."
                     )
-        for split, least in (("train", sequence_length + 1), ("val", sequence_length + 1)):
-            if self.tokens[split] < least:
+        for split in ("train", "val"):
+            if self.tokens[split] <= sequence_length:
                 raise UsageError(
                     f"--recipe.sequence-length {sequence_length}: the {split} split in {self.folder} has only "
                     f"{self.tokens[split]} tokens, give a shorter sequence or more text."

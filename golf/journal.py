@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -76,9 +77,10 @@ class Journal:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if self.file is None:
             return
-        if error is not None:
-            self.write({"event": "failed", "error": f"{type(error).__name__}: {error}"[:2000]})
-        self.file.close()
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that we report
+            if error is not None:
+                self.write({"event": "failed", "error": f"{type(error).__name__}: {error}"[:2000]})
+            self.file.close()
 
     def write(self, row: dict) -> None:
         """Log a row; print what people follow."""

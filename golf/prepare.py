@@ -226,6 +226,7 @@ class Counts:
     counted_bytes: int = 0
     """Bytes that the tokens stand for; fewer than `bytes` where the tokenizer loses some."""
     lossy_documents: int = 0
+    """Documents that do not decode to themselves."""
     files: list[str] = field(default_factory=list)
 
 
@@ -279,7 +280,9 @@ def write_split(spool: Spool, indices: np.ndarray, table: ByteTable, writer: Sha
     size = 0
 
     def encode() -> None:
-        for text, row in zip(batch, encode_batch(table, batch), strict=True):
+        rows = encode_batch(table, batch)
+        decoded = table.processor.decode(rows, num_threads=os.cpu_count() or 1)
+        for text, row, back in zip(batch, rows, decoded, strict=True):
             tokens = np.array([BOS, *row], dtype=np.uint16)
             length = len(text.encode())
             counted = table.count(tokens[:-1], tokens[1:])
@@ -287,7 +290,7 @@ def write_split(spool: Spool, indices: np.ndarray, table: ByteTable, writer: Sha
             counts.bytes += length
             counts.tokens += tokens.size
             counts.counted_bytes += counted
-            counts.lossy_documents += counted != length
+            counts.lossy_documents += back != text
             writer.add(tokens)
         writer.flush()
         stage.advance(size)
@@ -315,6 +318,8 @@ def prepare(source: Source, out: Path, options: Options) -> dict:
     if earlier.get("request") == request:
         print(f"{out} is complete already: {earlier['splits']['train']['tokens']:,} train tokens.")
         return earlier
+    for left_behind in out.glob(".*.part"):  # by a process that was killed while writing
+        left_behind.unlink()
     work = out / ".work"
     note = work / "request.json"
     if not (note.exists() and json.loads(note.read_text("utf-8")) == request):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from golf.config import Config, Recipe, Run, Shape
+from golf.config import Config, Recipe, Run, Shape, require
 from golf.console import parse
 
 BASELINE = Config("baseline", "contest", Shape(), Recipe())
@@ -24,7 +24,7 @@ LAPTOP_SHAPE = Shape(width=128, heads=2, kv_heads=1, prelude=1, core=1, coda=1, 
 LAPTOP_RECIPE = Recipe(
     sequence_length=256, batch_tokens=8192, loader="lanes", matrix_rate=0.03, embed_rate=0.05, scalar_rate=0.03,
     momentum_warmup=0.1, warmdown=0.6, newton_schulz="polar-express", row_normalize=True, clip_norm=1.0,
-    loops_from=0.35,
+    loops_from=0.5,
 )  # fmt: skip
 
 PRESETS = {
@@ -86,8 +86,10 @@ def parse_command_line(arguments: list[str], program: str = "train_gpt.py") -> C
 
     def with_environment(config: Config) -> Config:
         run = config.run
-        if os.environ.get("SEED", "").isdigit():
-            run = replace(run, seed=int(os.environ["SEED"]))
+        seed = os.environ.get("SEED")
+        if seed:
+            require(seed.isdecimal(), "run.seed", f"{seed} (from SEED)", "give a whole number")
+            run = replace(run, seed=int(seed))
         if os.environ.get("DATA_PATH"):
             run = replace(run, data=os.environ["DATA_PATH"])
         return replace(config, run=run)

@@ -17,26 +17,37 @@ from golf.muon import Optimizers
 from golf.presets import PRESETS
 
 
+class Stepper:
+    """A model, warmed up and ready to take training steps on random tokens."""
+
+    def __init__(self, config: Config):
+        torch._dynamo.reset()
+        self.config, self.machine = config, set_up(config)
+        self.model = RecurrentGPT(config.shape).initialize(config.recipe, 1).to(self.machine.device)
+        self.optimizers = Optimizers(self.model, config.recipe)
+        self.rows = config.recipe.batch_tokens // config.recipe.sequence_length
+        self.generator = np.random.default_rng(0)
+        began = self.machine.now()
+        compile_model(self.model, self.machine.compile)
+        warm_up(self.model, self.optimizers, config, self.machine, self.rows)
+        self.warm_up_seconds = self.machine.now() - began
+
+    def step(self) -> float:
+        """Seconds of one step with all its loops."""
+        shape, length = self.config.shape, self.config.recipe.sequence_length
+        tokens = self.generator.integers(0, shape.vocab_size, (self.rows, length + 1))
+        began = self.machine.now()
+        self.optimizers.zero_grad()
+        accumulate(self.model, [(tokens[:, :-1].copy(), tokens[:, 1:].copy())], self.machine, shape.loops)
+        self.optimizers.gradient_norm()
+        self.optimizers.step(0.5)
+        return self.machine.now() - began
+
+
 def step_time(config: Config, steps: int = 5) -> float:
     """Median seconds of a training step, warm-up left out."""
-    torch._dynamo.reset()
-    machine = set_up(config)
-    model = RecurrentGPT(config.shape).initialize(config.recipe, 1).to(machine.device)
-    optimizers = Optimizers(model, config.recipe)
-    compile_model(model, machine.compile)
-    rows = config.recipe.batch_tokens // config.recipe.sequence_length
-    warm_up(model, optimizers, config, machine, rows)
-    generator = np.random.default_rng(0)
-    taken = []
-    for _ in range(steps):
-        tokens = generator.integers(0, config.shape.vocab_size, (rows, config.recipe.sequence_length + 1))
-        began = machine.now()
-        optimizers.zero_grad()
-        accumulate(model, [(tokens[:, :-1].copy(), tokens[:, 1:].copy())], machine, config.shape.loops)
-        optimizers.gradient_norm()
-        optimizers.step(0.5)
-        taken.append(machine.now() - began)
-    return sorted(taken)[len(taken) // 2]
+    stepper = Stepper(config)
+    return sorted(stepper.step() for _ in range(steps))[steps // 2]
 
 
 def measure_machine() -> dict:

@@ -1,0 +1,55 @@
+"""Tokens/s of a training step at the laptop shape by number type and compile mode, as ratios in one run.
+
+    python bench/train_speed.py [PRESET] [--json]
+
+The rows are timed in turn, several rounds, so that a drift of the machine hits all alike; medians are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from golf.config import Run
+from golf.presets import PRESETS
+from golf.timing import Stepper
+
+ROWS = [(dtype, mode) for dtype in ("float32", "bfloat16") for mode in ("none", "block", "model")]
+
+
+def main() -> None:
+    words = [w for w in sys.argv[1:] if w != "--json"]
+    preset = PRESETS[words[0] if words else "laptop"]
+    steppers = {}
+    for dtype, mode in ROWS:
+        steppers[dtype, mode] = Stepper(replace(preset, run=Run(dtype=dtype, compile=mode)))
+    taken: dict[tuple[str, str], list[float]] = {row: [] for row in ROWS}
+    for _ in range(7):
+        for row, stepper in steppers.items():
+            taken[row].append(stepper.step())
+    tokens = preset.recipe.batch_tokens
+    base = statistics.median(taken[ROWS[0]])
+    table = []
+    for (dtype, mode), seconds in taken.items():
+        middle = statistics.median(seconds)
+        table.append({
+            "preset": preset.preset, "dtype": dtype, "compile": mode, "tokens_per_second": round(tokens / middle),
+            "slowest": round(tokens / max(seconds)), "fastest": round(tokens / min(seconds)),
+            "ratio": round(base / middle, 3), "warm_up_seconds": round(steppers[dtype, mode].warm_up_seconds, 1),
+        })  # fmt: skip
+    if "--json" in sys.argv:
+        print(json.dumps(table))
+        return
+    print(f"{preset.preset}, loops on, {tokens} tokens a step; ratio to {ROWS[0][0]} {ROWS[0][1]}")
+    for row in table:
+        print(f"{row['dtype']:>9} {row['compile']:>6} {row['tokens_per_second']:>8,} tokens/s "
+              f"({row['slowest']:,}-{row['fastest']:,})  {row['ratio']:.2f}x  warm-up {row['warm_up_seconds']:.1f} s")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The plan: bytes, steps and memory against real runs, and no torch on the way."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import ROOT, run
+
+import budget
+from golf import bundle, codec
+from golf.config import Config, Shape
+from golf.presets import PRESETS
+
+
+def test_steps_are_within_a_tenth_of_the_real_runs():
+    assert budget.plan(PRESETS["baseline"], "8xH100")["steps"] == pytest.approx(13_780, rel=0.1)
+    assert budget.plan(PRESETS["record"], "8xH100")["steps"] == pytest.approx(4_931, rel=0.1)
+
+
+def test_baseline_bytes_are_near_the_published_artifact():
+    plan = budget.plan(PRESETS["baseline"])
+    assert plan["parameters"] == 17_059_912
+    assert plan["bytes_model"] == pytest.approx(15_815_847, rel=0.02)
+    assert plan["bytes_total"] == plan["bytes_model"] + plan["bytes_code"] == plan["cap"] - plan["headroom"]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_fits_its_cap(name):
+    plan = budget.plan(PRESETS[name])
+    assert plan["fits"], f"{plan['bytes_total']:,} of {plan['cap']:,}"
+
+
+def test_flops_are_six_a_parameter_and_attention():
+    config = PRESETS["baseline"]
+    shape = config.shape
+    matrices = 9 * (2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 1024) + 512 * 1024
+    attention = 3 * 9 * 2 * 512 * config.recipe.sequence_length
+    assert budget.plan(config)["flops_per_token"] == 6 * matrices + attention
+    looped = PRESETS["3x3-768"]
+    assert budget.plan(looped)["effective_parameters"] > 2.5 * looped.shape.parameter_count
+    assert shape.parameter_count == 17_059_912
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("columns", [96, 512])
+def test_grid_bits_are_the_entropy_of_gaussian_rows(bits, columns):
+    weight = np.random.default_rng(0).standard_normal((4000, columns)).astype(np.float32)
+    integers = codec.quantize(weight, bits).integers
+    _, counts = np.unique(integers, return_counts=True)
+    p = counts / counts.sum()
+    entropy = -(p * np.log2(p)).sum()
+    assert budget.grid_bits(columns, bits) == pytest.approx(entropy, rel=0.015)
+
+
+def test_predicted_bytes_of_gaussian_weights():
+    shape = Shape(vocab_size=1024, width=128, heads=2, kv_heads=1, core=3, matrix_bits=6, embed_bits=6)
+    rng = np.random.default_rng(0)
+    weights = {n: rng.standard_normal(d).astype(np.float32) for n, d in shape.parameters().items()}
+    predicted = sum(budget.artifact_bytes(Config(shape=shape)).values())
+    assert predicted == pytest.approx(len(codec.encode(shape, weights)), rel=0.02)
+
+
+def test_the_table_sets_claims_beside_predictions():
+    done = run("budget.py", "table", "--json")
+    rows = {r["shape"]: r for r in json.loads(done.stdout)}
+    assert set(rows) == {"baseline", "3x3-768", "3x4-768", "3x3-1024", "4x3-768", "2x6-1024", "4x3-640"}
+    assert rows["3x3-768"]["claimed_bytes_per_parameter"] == pytest.approx(0.61, abs=0.005)
+    assert rows["3x3-768"]["bytes_model"] > 1.4 * rows["3x3-768"]["claimed_bytes"]
+    said = run("budget.py", "table").stdout
+    for words in ("0.61 bytes", "15,815,847", "0.927", "13,780", "7.22 B"):
+        assert words in said
+
+
+def test_commands_that_need_no_torch_do_not_import_it():
+    heavy = {"torch", "datasets", "scipy", "matplotlib"}
+    for words in (["budget.py", "baseline"], ["budget.py", "table"], ["artifact.py", "--help"], ["train_gpt.py", "--help"],
+                  ["train_gpt.py", "laptop", "--help"], ["eval_bpb.py", "--help"], ["record.py", "--help"],
+                  ["-m", "golf.prepare", "--help"], ["artifact.py", "check", "golf"]):  # fmt: skip
+        done = run("-X", "importtime", *words)
+        imported = {
+            line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")
+        }
+        assert "golf.config" in imported
+        assert not heavy & imported, (words, heavy & imported)
+
+
+def test_mistakes_are_one_sentence():
+    for words, said in (
+        (["nothing"], "baseline"), (["laptop", "--machine", "TPU"], "--machine TPU"), (["laptop", "--machine"], "--machine"),
+        (["laptop", "--shape.width", "100"], "--shape."), ([], "Missing"),
+    ):  # fmt: skip
+        done = run("budget.py", *words)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, (words, done.stderr)
+
+
+def test_an_oversized_model_does_not_fit():
+    done = run("budget.py", "laptop", "--shape.width", "512", "--json")
+    assert done.returncode == 1 and json.loads(done.stdout)["fits"] is False
+
+
+def test_code_bytes_are_those_that_ship_and_the_same_every_time():
+    first, second = bundle.counted_files(), bundle.counted_files()
+    assert first == second
+    assert bundle.code_bytes() == sum(map(len, first.values()))
+    source = sum((ROOT / "golf" / f"{n}.py").stat().st_size for n in bundle.COUNTED)
+    assert len(first["golf.zip"]) < source / 2
+
+
+def test_memory_grows_with_the_micro_batch():
+    small = budget.training_memory(PRESETS["gpu24gb"])
+    assert small < 24e9
+    assert budget.training_memory(PRESETS["baseline"], 8) == pytest.approx(10_184 * 2**20, rel=0.15)
+    assert math.isclose(budget.training_memory(PRESETS["record"], 8), 41_717 * 2**20, rel_tol=0.15)

@@ -1,0 +1,73 @@
+"""The house rules that a program can hold."""
+
+import ast
+import re
+import subprocess
+
+from conftest import ROOT
+
+from golf.bundle import COUNTED
+from golf.presets import PRESETS
+
+SCRIPTS = {"train_gpt", "artifact", "budget", "eval_bpb", "record", "depth_map"}
+ALLOWED = {"torch", "numpy", "sentencepiece", "zstandard"}
+
+
+def imports(path, top_level_only=False):
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            if node.module == "golf":
+                yield from (f"golf.{alias.name}" for alias in node.names)
+
+
+def test_counted_modules_import_only_what_a_submission_may():
+    import sys
+
+    for name in COUNTED:
+        for module in imports(ROOT / "golf" / f"{name}.py"):
+            top = module.split(".")[0]
+            if top == "golf":
+                assert module == "golf" or module.split(".")[1] in COUNTED, f"{name} imports {module}"
+            else:
+                assert top in ALLOWED or top in sys.stdlib_module_names, f"{name} imports {module}"
+    for module in imports(ROOT / "train_gpt.py", top_level_only=True):
+        if module.startswith("golf."):
+            assert module.split(".")[1] in COUNTED, f"train_gpt imports {module} outside main()"
+
+
+def test_the_package_imports_no_script():
+    for path in (ROOT / "golf").glob("*.py"):
+        assert not SCRIPTS & {m.split(".")[0] for m in imports(path)}, path.name
+
+
+def test_no_pickle():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "golf").glob("*.py")]:
+        text = path.read_text("utf-8")
+        assert not re.search(r"\bpickle\b(?!=False)|torch\.load|torch\.save|allow_pickle=True", text.replace(
+            "nothing is pickled", "").replace("no pickle", "")), path.name  # fmt: skip
+
+
+def test_readme_commands_name_real_things():
+    text = (ROOT / "README.md").read_text("utf-8")
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = re.findall(r"^make ([\w-]+)", text, re.M)
+    assert {"demo", "test"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
+    for script, preset in re.findall(r"(train_gpt|budget)\.py ([\w-]+)", text):
+        assert preset in PRESETS or (script == "budget" and preset in ("table", "measure")) or preset.isupper(), preset
+    for name in re.findall(r"`(golf/\w+\.py|\w+\.py)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_repository_holds_no_large_files_and_no_data():
+    done = subprocess.run(["git", "ls-files", "-s", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if done.returncode:
+        return
+    names = [row.split("\t", 1)[1] for row in done.stdout.decode().split("\0") if row]
+    assert not [n for n in names if n.endswith((".zst", "tokenizer.model")) or n.startswith("data/")]
+    assert sum((ROOT / n).stat().st_size for n in names if (ROOT / n).exists()) < 15_000_000

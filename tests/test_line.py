@@ -1,0 +1,414 @@
+"""The whole line on real text: train, pack, judge, record; equal over ranks; whole after every mishap."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, run
+
+import train_gpt
+from golf import records
+from golf.config import UsageError
+from golf.console import run_script
+
+
+def rows(folder: Path, event: str | None = None) -> list[dict]:
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    return [r for r in log if event in (None, r["event"])]
+
+
+def only(folder: Path) -> Path:
+    """The one run folder."""
+    (found,) = folder.iterdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    runs = tmp_path_factory.mktemp("runs")
+    done = run("train_gpt.py", "smoke", *TINY, "--run.max-steps", 30, "--run.data", corpus, "--run.runs", runs)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return only(runs), done
+
+
+def test_the_closing_block_is_the_record(trained):
+    folder, done = trained
+    record = json.loads((folder / "submission.json").read_text())
+    block = dict(line.split(": ", 1) for line in done.stdout.splitlines()[-13:])
+    keys = (
+        "val_bpb val_loss bytes_code bytes_model bytes_total cap headroom steps tokens tokens_per_second train_seconds"
+    )
+    for key in [*keys.split(), "eval_seconds"]:
+        assert block[key] == str(record[key]), key
+    assert Path(block["record"]) == folder
+    assert record["steps"] == 30 and record["tokens"] == 30 * 512
+    assert record["cap"] == 400_000 and record["headroom"] == 400_000 - record["bytes_total"] > 0
+    assert record["val_bpb"] < record["unpacked_val_bpb"] * 1.02
+    for key in (
+        "author",
+        "github_id",
+        "name",
+        "blurb",
+        "date",
+        "track",
+        "val_loss",
+        "val_bpb",
+        "bytes_total",
+        "bytes_code",
+    ):
+        assert key in record
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "golf.zip", "log.jsonl", "model.bin", "submission.json", "tokenizer.model", "train_gpt.py",
+    ]  # fmt: skip
+    text = (folder / "README.md").read_text()
+    assert str(record["val_bpb"]) in text and f"{record['bytes_total']}" in text
+
+
+def test_the_log_has_everything(trained):
+    folder, _ = trained
+    log = rows(folder)
+    start = log[0]
+    assert start["event"] == "start"
+    assert {"python", "torch", "processor", "cores"} <= set(start["environment"])
+    if (ROOT / ".git").exists():
+        assert len(start["environment"]["commit"]) == 40 and "dirty" in start["environment"]
+    assert start["fingerprint"] == json.loads((folder / "submission.json").read_text())["fingerprint"]
+    assert start["corpus"]["fingerprint"]
+    steps = rows(folder, "step")
+    assert [r["step"] for r in steps] == list(range(1, 31))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert log[-1]["event"] == "record"
+
+
+def test_the_folder_counts_what_is_on_disk(trained):
+    folder, _ = trained
+    done = run("artifact.py", "check", folder, "--json")
+    result = json.loads(done.stdout)
+    counted = {n: (folder / n).stat().st_size for n in ("train_gpt.py", "golf.zip", "model.bin")}
+    assert done.returncode == 0
+    assert result["code"] == counted["train_gpt.py"] + counted["golf.zip"]
+    assert result["weights"] == counted["model.bin"] and result["other"] == 0
+    assert result["total"] == sum(counted.values()) and result["headroom"] == 400_000 - result["total"]
+    assert run("artifact.py", "check", folder, "--cap", 1000).returncode == 1
+    for wrong in (["/nowhere"], [folder, "--cap", -1], []):
+        refused = run("artifact.py", "check", *wrong)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+
+
+def test_unpack_and_pack_give_the_same_artifact(trained, tmp_path):
+    folder, _ = trained
+    weights, again = tmp_path / "w.safetensors", tmp_path / "model.bin"
+    assert run("artifact.py", "unpack", folder / "model.bin", weights).returncode == 0
+    assert run("artifact.py", "pack", weights, again).returncode == 0
+    # The run's note of preset and seed is the only difference.
+    from golf import codec
+
+    assert codec.decode(again.read_bytes())[0] == codec.decode((folder / "model.bin").read_bytes())[0]
+    small = tmp_path / "small.bin"
+    assert run("artifact.py", "pack", weights, small, "--matrix-bits", 4, "--embed-bits", 4).returncode == 0
+    assert small.stat().st_size < again.stat().st_size
+    before = again.read_bytes()
+    for words in (
+        ["pack", folder / "model.bin", again],
+        ["unpack", weights, again],
+        ["pack", weights, again, "--matrix-bits", 9],
+    ):
+        refused = run("artifact.py", *words)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    assert again.read_bytes() == before
+
+
+def test_the_referee_gives_the_recorded_score_again(trained, corpus):
+    folder, _ = trained
+    done = run("eval_bpb.py", folder, "--data", corpus, "--json")
+    verdict, record = json.loads(done.stdout), json.loads((folder / "submission.json").read_text())
+    assert done.returncode == 0
+    assert verdict["val_bpb"] == pytest.approx(record["val_bpb"], rel=1e-6)
+    assert verdict["val_bytes"] == record["val_bytes"]
+    official = json.loads(run("eval_bpb.py", folder, "--data", corpus, "--json", "--official").stdout)
+    assert official["val_tokens"] == record["val_tokens"] // 64 * 64
+
+
+def test_the_model_writes(trained):
+    folder, _ = trained
+    words = ["eval_bpb.py", "sample", folder, "--prompt", "def main", "--tokens", 12, "--seed", 3]
+    first, second = run(*words), run(*words)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout and first.stdout.startswith("def main") and len(first.stdout) > 12
+    assert run(*words[:-1], 4).stdout != first.stdout
+    greedy = run(*words, "--temperature", 0)
+    assert greedy.returncode == 0
+    assert run("eval_bpb.py", "sample", folder, "--temperature", -1).returncode == 2
+
+
+def test_the_same_seed_gives_the_same_artifact(trained, corpus, tmp_path):
+    folder, _ = trained
+    done = run("train_gpt.py", "smoke", *TINY, "--run.max-steps", 30, "--run.data", corpus, "--run.runs", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (only(tmp_path) / "model.bin").read_bytes() == (folder / "model.bin").read_bytes()
+    assert [r["loss"] for r in rows(only(tmp_path), "step")] == [r["loss"] for r in rows(folder, "step")]
+
+
+def test_two_ranks_train_like_one(corpus, tmp_path):
+    flags = [
+        "smoke",
+        *TINY,
+        "--run.max-steps",
+        20,
+        "--run.data",
+        corpus,
+        "--run.no-judge",
+        "--recipe.shared-rate",
+        "divided",
+    ]
+    alone = run("train_gpt.py", *flags, "--run.runs", tmp_path / "1")
+    pair = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py", *flags,
+               "--run.runs", tmp_path / "2")  # fmt: skip
+    assert alone.returncode == 0 and pair.returncode == 0, pair.stderr
+    losses = [[r["loss"] for r in rows(only(tmp_path / n), "step")] for n in ("1", "2")]
+    assert len(losses[0]) == 20
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_micro_batches_train_like_the_whole_batch(corpus, tmp_path):
+    flags = ["smoke", *TINY, "--run.max-steps", 8, "--run.data", corpus, "--run.no-judge"]
+    for micro in (0, 2):
+        assert (
+            run("train_gpt.py", *flags, "--run.micro-rows", micro, "--run.runs", tmp_path / str(micro)).returncode == 0
+        )
+    losses = [[r["loss"] for r in rows(only(tmp_path / n), "step")] for n in ("0", "2")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_loops_come_on_at_their_fraction(corpus, tmp_path):
+    flags = ["--run.max-steps", 10, "--recipe.loops-from", 0.5, "--run.data", corpus, "--run.no-judge"]
+    assert run("train_gpt.py", "smoke", *TINY, *flags, "--run.runs", tmp_path).returncode == 0
+    assert [r["loops"] for r in rows(only(tmp_path), "step")] == [1] * 5 + [3] * 5
+
+
+def test_a_clocked_run_stops_before_its_cap_and_leaves_validation_out(corpus, tmp_path):
+    flags = ["--run.cap", 4, "--run.validate-every", 40, "--run.data", corpus, "--run.no-judge"]
+    done = run("train_gpt.py", "smoke", *TINY, *flags, "--run.runs", tmp_path)
+    assert done.returncode == 0, done.stderr
+    trained = rows(only(tmp_path), "trained")[0]
+    assert 3.0 < trained["train_seconds"] <= 4.0
+    assert rows(only(tmp_path), "validation") and trained["left_out"] > 0
+
+
+def test_a_crash_keeps_the_last_good_weights(corpus, tmp_path):
+    flags = ["--run.max-steps", 50, "--recipe.embed-rate", "1e25", "--recipe.clip-norm", 0, "--run.data", corpus]
+    done = run("train_gpt.py", "smoke", *TINY, *flags, "--run.runs", tmp_path)
+    folder = only(tmp_path)
+    record = json.loads((folder / "submission.json").read_text())
+    assert done.returncode == 1 and record["status"] == "crash" and "nan" in record["reason"]
+    assert "training crash" in done.stdout
+    assert (folder / "model.bin").exists()
+    from golf import codec
+
+    assert codec.load(folder / "model.bin")[1]["embedding"].max() < 1e3
+
+
+def test_ctrl_c_packs_and_judges_what_there_is(corpus, tmp_path):
+    command = [
+        sys.executable,
+        "-u",
+        "train_gpt.py",
+        "smoke",
+        *TINY,
+        "--run.data",
+        str(corpus),
+        "--run.runs",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step     20"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=120)
+    record = json.loads((only(tmp_path) / "submission.json").read_text())
+    assert process.returncode == 130, err
+    assert record["status"] == "interrupted" and record["steps"] >= 20 and record["val_bpb"] > 0
+    assert "status: interrupted" in out
+
+
+@pytest.mark.slow
+def test_out_of_memory_halves_the_micro_batch_once(corpus, tmp_path):
+    flags = ["--run.max-steps", 2, "--recipe.batch-tokens", 64 * 4096, "--run.data", corpus, "--run.no-judge"]
+    command = [sys.executable, "train_gpt.py", "smoke", *TINY, *map(str, flags), "--run.runs", str(tmp_path)]
+
+    def limited(gigabytes: float) -> subprocess.CompletedProcess:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        limit = int(gigabytes * 2**30)
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        )  # fmt: skip
+
+    halved = False
+    for gigabytes in (12, 9, 7, 5.5, 4.5, 3.7, 3.0):
+        done = limited(gigabytes)
+        if "rows at a time do not fit" in done.stdout and done.returncode == 0:
+            halved = True
+            break
+        if done.returncode == 2:
+            assert "--run.micro-rows" in done.stderr
+            break
+    assert halved, done.stdout + done.stderr
+
+
+BAD_FLAGS = {
+    "--shape.width 33": "--shape.width 33",
+    "--shape.widht 32": "--shape.width",
+    "--shape.width many": "--shape.width",
+    "--shape.vocab-size 1024": "--shape.vocab-size 1024",
+    "--recipe.sequence-length 99999968 --recipe.batch-tokens 99999968": "--recipe.sequence-length",
+    "--run.data /nowhere": "--run.data /nowhere",
+    "--run.runs /proc/runs": "--run.runs",
+    "--run.name a/b": "--run.name a/b",
+    "--shape.width 1024": "--shape.width 1024",
+    "--run.cap 1000": "--run.cap 1000",
+    "--run.device tpu": "--run.device",
+    "--recipe.warmdown 3": "--recipe.warmdown 3",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_mistakes_are_one_sentence_before_any_time_is_spent(corpus, tmp_path, flags, monkeypatch, capsys):
+    words = ["train_gpt.py", "smoke", *TINY, "--run.data", str(corpus), "--run.runs", str(tmp_path), *flags.split()]
+    monkeypatch.setattr(sys, "argv", words)
+    began = time.monotonic()
+    assert run_script(train_gpt.main) == 2
+    said = capsys.readouterr().err
+    assert BAD_FLAGS[flags] in said and said.count("\n") == 1, said
+    assert time.monotonic() - began < 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cuda_request_without_cuda_is_refused(corpus, tmp_path, monkeypatch, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    words = [
+        "train_gpt.py",
+        "smoke",
+        *TINY,
+        "--run.data",
+        str(corpus),
+        "--run.runs",
+        str(tmp_path),
+        "--run.device",
+        "cuda",
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    assert run_script(train_gpt.main) == 2
+    assert "--run.device cuda" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_not_the_shards_is_refused(corpus, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    (copy / "tokenizer.model").write_bytes((copy / "tokenizer.model").read_bytes() + b"x")
+    monkeypatch.setattr(
+        sys, "argv", ["train_gpt.py", "smoke", *TINY, "--run.data", str(copy), "--run.runs", str(tmp_path)]
+    )
+    assert run_script(train_gpt.main) == 2
+    assert "tokenizer" in capsys.readouterr().err
+
+
+def test_a_world_size_that_does_not_divide_the_batch_is_refused(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(
+        sys, "argv", ["train_gpt.py", "smoke", *TINY, "--run.data", str(corpus), "--run.runs", str(tmp_path)]
+    )
+    assert run_script(train_gpt.main) == 2
+    assert "3 ranks" in capsys.readouterr().err
+
+
+def test_an_existing_run_folder_is_refused(corpus, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / f"{time.strftime('%Y-%m-%d')}-mine"
+    folder.mkdir()
+    (folder / "keep").write_text("mine")
+    words = [
+        "train_gpt.py",
+        "smoke",
+        *TINY,
+        "--run.data",
+        str(corpus),
+        "--run.runs",
+        str(tmp_path),
+        "--run.name",
+        "mine",
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    assert run_script(train_gpt.main) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [p.name for p in folder.iterdir()] == ["keep"]
+
+
+def test_environment_gives_seed_and_data(corpus, tmp_path):
+    flags = ["smoke", *TINY, "--run.max-steps", 1, "--run.no-judge", "--run.runs", tmp_path]
+    done = run("train_gpt.py", *flags, SEED="7", DATA_PATH=str(corpus))
+    assert done.returncode == 0, done.stderr
+    start = rows(only(tmp_path))[0]
+    assert start["config"]["run"]["seed"] == 7 and start["config"]["run"]["data"] == str(corpus)
+    refused = run("train_gpt.py", *flags, SEED="seven", DATA_PATH=str(corpus))
+    assert refused.returncode == 2 and "SEED" in refused.stderr
+
+
+def test_a_full_disk_at_the_artifact_is_one_sentence_and_keeps_the_log(corpus, tmp_path):
+    command = [sys.executable, "train_gpt.py", "smoke", *TINY, "--run.max-steps", "3", "--run.data", str(corpus)]
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+
+    done = subprocess.run([*command, "--run.runs", str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+                          preexec_fn=limit, check=False)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert len(rows(only(tmp_path), "step")) == 3
+    assert not [p for p in only(tmp_path).iterdir() if p.name.endswith(".part") or p.name == "model.bin"]
+
+
+def test_strangers_keys_are_kept(trained, tmp_path):
+    folder, _ = trained
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    values = json.loads((copy / "submission.json").read_text())
+    (copy / "submission.json").write_text(json.dumps({**values, "lr_schedule": {"kind": "odd"}}))
+    record = records.read(copy)
+    records.write(copy, record)
+    assert json.loads((copy / "submission.json").read_text())["lr_schedule"] == {"kind": "odd"}
+
+
+def test_the_leaderboard_never_mixes_corpora_or_tracks(trained, tmp_path):
+    folder, _ = trained
+    values = json.loads((folder / "submission.json").read_text())
+    for n, change in enumerate([{}, {"val_bpb": 1.5}, {"corpus_fingerprint": "other"}, {"track": "laptop"}]):
+        (tmp_path / f"run{n}").mkdir()
+        (tmp_path / f"run{n}" / "submission.json").write_text(json.dumps({**values, **change}))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "submission.json").write_text("{")
+    done = run("record.py", "leaderboard", "--runs", tmp_path)
+    assert done.returncode == 0, done.stderr
+    board = (tmp_path / "LEADERBOARD.md").read_text()
+    assert board.count("## ") == 3
+    assert board.index("run1") < board.index("run0")
+    assert "broken" in done.stderr
+    assert run("record.py", "leaderboard", "--runs", tmp_path / "none").returncode == 2
+
+
+def test_wrong_types_are_refused_on_write(tmp_path):
+    with pytest.raises(UsageError, match="val_bpb"):
+        records.write(tmp_path, records.Record(val_bpb="1.2"))

