@@ -135,7 +135,7 @@ def machine_rates(name: str, config: Config) -> Rates:
     measured = read_measured()
     if measured is None:
         raise UsageError("--machine this: run `python budget.py measure` once first.")
-    kind = "plain" if config.run.compile == "none" or config.run.dtype == "float32" else "fast"
+    kind = "float32" if config.run.dtype == "float32" else "fast"
     return Rates(**measured["rates"][kind])
 
 

@@ -21,7 +21,6 @@ class Stepper:
     """A model, warmed up and ready to take training steps on random tokens."""
 
     def __init__(self, config: Config):
-        torch._dynamo.reset()
         self.config, self.machine = config, set_up(config)
         self.model = RecurrentGPT(config.shape).initialize(config.recipe, 1).to(self.machine.device)
         self.optimizers = Optimizers(self.model, config.recipe)
@@ -46,17 +45,17 @@ class Stepper:
 
 def step_time(config: Config, steps: int = 5) -> float:
     """Median seconds of a training step, warm-up left out."""
+    torch._dynamo.reset()
     stepper = Stepper(config)
     return sorted(stepper.step() for _ in range(steps))[steps // 2]
 
 
 def measure_machine() -> dict:
-    """Step times of small shapes, compiled as `auto` says and in plain float32, and what the machine is."""
+    """Step times of small shapes with the default number type and in float32, and what the machine is."""
     samples: dict[str, list[tuple[Config, float]]] = {}
-    plain = Run(dtype="float32", compile="none")
     for kind, names, run in (
         ("fast", ("laptop", "laptop_flat", "smoke", "laptop_naive"), Run()),
-        ("plain", ("laptop_naive", "laptop_flat", "smoke", "laptop"), plain),
+        ("float32", ("laptop_naive", "laptop_flat", "smoke", "laptop"), Run(dtype="float32")),
     ):
         for name in names:
             config = replace(PRESETS[name], run=run)
