@@ -25,11 +25,11 @@ endif
 
 test: .venv/.installed
 	$(PY) -m ruff check .
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n auto -m "not slow"
 
 test-all: .venv/.installed
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto
 
 bench: .venv/.installed
 	$(PY) bench/train_speed.py

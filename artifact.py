@@ -93,8 +93,8 @@ def read_weights(path: Path) -> tuple:
         with safe_open(path, framework="numpy") as stored:
             about = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dict
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UsageError(f"{path} is not a safetensors file ({error}).") from error
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is not a safetensors file of float tensors that numpy knows ({error}).") from error
     try:
         return shape_from_dict(loads(about["shape"])), tensors
     except (KeyError, ValueError) as error:

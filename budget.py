@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 from golf import bundle
-from golf.config import CONTROL_ROLES, Config, UsageError
+from golf.config import Config, UsageError, tensor_class
 
 MEASURED = Path(__file__).resolve().parent / "machine.json"
 LOSSLESS_OVERHEAD = (
@@ -72,13 +72,12 @@ def artifact_bytes(config: Config) -> dict[str, int]:
     shape = config.shape
     totals = {"embedding": 0.0, "matrices": 0.0, "scales": 0.0, "control": 0.0, "header": float(HEADER_BYTES)}
     for name, dims in shape.parameters().items():
-        role = name.rsplit(".", 1)[-1]
-        size = math.prod(dims)
-        if role in CONTROL_ROLES:
+        kind, size = tensor_class(name), math.prod(dims)
+        if kind == "control":
             totals["control"] += 2 * size
             continue
-        bits = shape.embed_bits if role == "embedding" else shape.matrix_bits
-        totals["embedding" if role == "embedding" else "matrices"] += (
+        bits = shape.embed_bits if kind == "embed" else shape.matrix_bits
+        totals["embedding" if kind == "embed" else "matrices"] += (
             size * grid_bits(dims[1], bits) / 8 * LOSSLESS_OVERHEAD
         )
         totals["scales"] += 2 * dims[0]
@@ -136,7 +135,12 @@ def machine_rates(name: str, config: Config) -> Rates:
     if measured is None:
         raise UsageError("--machine this: run `python budget.py measure` once first.")
     kind = "float32" if config.run.dtype == "float32" else "fast"
-    return Rates(**measured["rates"][kind])
+    try:
+        return Rates(**measured["rates"][kind])
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"--machine this: {MEASURED.name} is damaged; run `python budget.py measure` again."
+        ) from error
 
 
 def read_measured() -> dict | None:

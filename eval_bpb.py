@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tyro
@@ -61,64 +63,64 @@ class Limits:
 class Host:
     """A submission's scorer in its own process, on a copy of what is counted. Use as a context manager.
 
-    Raises Invalid when the scorer fails, answers with wrong shapes or runs out of time.
+    Tokens and log-probabilities cross in two files that only open descriptors reach; what is read is copied before it
+    is looked at. Raises Invalid when the scorer fails, answers with wrong shapes or runs out of time.
     """
 
-    def __init__(self, folder: Path, limits: Limits):
-        self.folder, self.limits = folder, limits
+    def __init__(self, folder: Path, tokenizer: bytes, limits: Limits):
+        self.folder, self.tokenizer, self.limits = folder, tokenizer, limits
 
     def __enter__(self) -> Host:
-        shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self.copy = tempfile.TemporaryDirectory(prefix="golf-folder-")
-        self.buffers = tempfile.TemporaryDirectory(prefix="golf-buffers-", dir=shared)
-        folders.copy_counted(self.folder, Path(self.copy.name))
-        self.printed = open(Path(self.buffers.name) / "printed", "wb+")
+        with contextlib.ExitStack() as stack:
+            self.start(stack)
+            self.vocab = self.receive("vocab")
+            self.resources = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.resources.__exit__(None, None, None)
+
+    def start(self, stack: contextlib.ExitStack) -> None:
+        """Copy the folder and start the process; everything is undone by `stack`."""
+        copy = stack.enter_context(tempfile.TemporaryDirectory(prefix="golf-", ignore_cleanup_errors=True))
+        folders.copy_counted(self.folder, Path(copy))
+        (Path(copy) / "tokenizer.model").write_bytes(self.tokenizer)  # the referee's own, not the folder's
+        self.tokens, self.answers = (shared_file(stack) for _ in range(2))
         request_read, request_write = os.pipe()
         answer_read, answer_write = os.pipe()
         kept = ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TMPDIR")
-        environment = {k: os.environ[k] for k in kept if k in os.environ}
-        environment["HOME"] = self.copy.name
-        arguments = [
-            sys.executable,
-            "-I",
-            str(HOST),
-            self.copy.name,
-            self.buffers.name,
-            str(request_read),
-            str(answer_write),
-        ]
+        environment = {k: os.environ[k] for k in kept if k in os.environ} | {"HOME": copy}
+        passed = (request_read, answer_write, self.tokens.fileno(), self.answers.fileno())
         self.process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=self.printed, stderr=self.printed, cwd=self.copy.name,
-            env=environment, pass_fds=(request_read, answer_write),
+            [sys.executable, "-I", str(HOST), copy, *map(str, passed)], stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=copy, env=environment, pass_fds=passed,
+            start_new_session=True,
         )  # fmt: skip
         os.close(request_read)
         os.close(answer_write)
-        self.requests, self.answers = os.fdopen(request_write, "w"), answer_read
+        stack.callback(self.kill)
+        self.requests, self.replies = os.fdopen(request_write, "w"), answer_read
+        stack.callback(os.close, answer_read)
+        stack.callback(self.close_requests)
         self.pending = b""
-        try:
-            self.vocab = self.receive("vocab")
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
+    def close_requests(self) -> None:
         with contextlib.suppress(BrokenPipeError):
             self.requests.close()
-        os.close(self.answers)
-        self.printed.close()
-        self.copy.cleanup()
-        self.buffers.cleanup()
+
+    def kill(self) -> None:
+        """End the scorer and what it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def receive(self, key: str) -> int:
         """The integer under `key` of the scorer's next message."""
         while b"\n" not in self.pending:
-            ready, _, _ = select.select([self.answers], [], [], max(0.0, self.limits.left))
+            ready, _, _ = select.select([self.replies], [], [], max(0.0, self.limits.left))
             if not ready:
                 raise Invalid(f"the scorer was stopped after {self.limits.seconds:g} s, the track's evaluation cap")
-            part = os.read(self.answers, 65_536)
+            part = os.read(self.replies, 65_536)
             if not part:
                 raise Invalid(f"the scorer's process ended (exit code {self.process.wait()})")
             self.pending += part
@@ -128,7 +130,7 @@ class Host:
         try:
             message = json.loads(line)
             if isinstance(message, dict) and "error" in message:
-                raise Invalid(f"the scorer failed: {message['error']}")
+                raise Invalid(f"the scorer failed: {str(message['error'])[:500]}")
             value = message[key]
             if type(value) is not int or value < 1:
                 raise ValueError(value)
@@ -137,23 +139,32 @@ class Host:
         return value
 
     def logprobs(self, tokens: np.ndarray) -> np.ndarray:
-        """tokens (B, T) int64 -> (B, T, V) float32, a read-only view that the next call overwrites."""
+        """tokens (B, T) int64 -> (B, T, V) float32, the referee's own copy."""
         rows, length = tokens.shape
-        size = rows * length * self.vocab * 4
-        buffers = Path(self.buffers.name)
-        with open(buffers / "logprobs", "ab") as out:
-            if out.tell() < size:
-                out.truncate(size)
-        with open(buffers / "tokens", "wb") as out:
-            out.write(np.ascontiguousarray(tokens, dtype=np.int64).tobytes())
-        try:
+        given = np.empty((rows, length, self.vocab), dtype=np.float32)
+        os.ftruncate(self.answers.fileno(), given.nbytes)
+        data = np.ascontiguousarray(tokens, dtype=np.int64).tobytes()
+        os.ftruncate(self.tokens.fileno(), len(data))
+        os.pwrite(self.tokens.fileno(), data, 0)
+        with contextlib.suppress(BrokenPipeError):  # receive() says how the process ended
             self.requests.write(json.dumps({"rows": rows, "length": length}) + "\n")
             self.requests.flush()
-        except BrokenPipeError:
-            pass  # receive() says how the process ended
         if self.receive("rows") != rows:
             raise Invalid("the scorer answered another request than the one made")
-        return np.memmap(buffers / "logprobs", dtype=np.float32, mode="r", shape=(rows, length, self.vocab))
+        view, done = memoryview(given).cast("B"), 0
+        while done < given.nbytes:
+            count = os.preadv(self.answers.fileno(), [view[done:]], done)
+            if not count:
+                raise Invalid("the scorer cut the file of its answers short")
+            done += count
+        return given
+
+
+def shared_file(stack: contextlib.ExitStack) -> BinaryIO:
+    """A nameless file that lives while it is open, in memory where the system can."""
+    if hasattr(os, "memfd_create"):
+        return stack.enter_context(os.fdopen(os.memfd_create("golf"), "w+b", buffering=0))
+    return stack.enter_context(tempfile.TemporaryFile(buffering=0))
 
 
 def score_tokens(
@@ -164,17 +175,23 @@ def score_tokens(
     official: bool,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[float, int]:
-    """Nats (float64) and targets of a stream of tokens, rows of `context`; the partial last row too unless official."""
+    """Nats (float64) and targets of a stream of tokens, rows of `context`; the partial last row too unless official.
+
+    At places of the referee's choice, in every answer, the probabilities must sum to 1. Raises Invalid.
+    """
     rows = max(1, BUFFER_BYTES // (4 * vocab * context))
+    choice = np.random.default_rng()
     nats, count = 0.0, 0
     for inputs, targets in windows(tokens, context, rows, whole_only=official):
         given = ask(inputs)
         chosen = np.take_along_axis(given, targets[..., None], axis=-1)[..., 0]
         if not np.isfinite(chosen).all() or chosen.max() > NORMAL:
             raise Invalid("the scorer gave a log-probability that is not finite or above 0")
-        last = np.exp(given[:, -1].astype(np.float64)).sum(axis=-1)
-        if np.abs(last - 1).max() > NORMAL:
-            raise Invalid(f"the scorer's probabilities sum to {last[np.abs(last - 1).argmax()]:.4f}, not to 1")
+        places = choice.integers(0, targets.size, max(8, targets.size // 100))
+        sums = np.exp(given.reshape(-1, vocab)[places].astype(np.float64)).sum(axis=-1)
+        wrong = ~(np.abs(sums - 1) <= NORMAL)  # also where the sum is not a number
+        if wrong.any():
+            raise Invalid(f"the scorer's probabilities sum to {sums[wrong][0]:.4f}, not to 1")
         nats -= float(chosen.sum(dtype=np.float64))
         count += targets.size
         progress(count)
@@ -213,14 +230,19 @@ def data_folder(record: records.Record, given: str) -> Path:
     return Path(os.environ.get("DATA_PATH") or f"data/{record.corpus}")
 
 
+def check_context(record: records.Record, folder: Path) -> None:
+    """Refuse a record that asks for rows of no sane length. Raises UsageError."""
+    if not 2 <= record.context <= 1 << 20:
+        raise UsageError(f"{folder}/submission.json: context {record.context} is not from 2 to {1 << 20}.")
+
+
 def judge(folder: Path, data: Path, official: bool = False) -> dict:
     """Score a submission folder. Raises Invalid for the submission's faults, UsageError for the user's."""
     record = records.read(folder)
     corpus = Corpus(data)
     if record.track not in TRACKS:
         raise UsageError(f"{folder}/submission.json: track {record.track!r} is none of {', '.join(TRACKS)}.")
-    if not 2 <= record.context <= 1 << 20:
-        raise UsageError(f"{folder}/submission.json: context {record.context} is not from 2 to {1 << 20}.")
+    check_context(record, folder)
     measured = folders.sizes(folder)
     model = corpus.tokenizer.read_bytes()
     if record.tokenizer_sha256 not in ("", hashlib.sha256(model).hexdigest()):
@@ -231,14 +253,18 @@ def judge(folder: Path, data: Path, official: bool = False) -> dict:
         raise UsageError(f"--data {data}: the validation split is shorter than one row of {record.context} tokens.")
     if int(tokens.max()) >= table.vocab_size:
         raise UsageError(f"--data {data}: a validation token exceeds the tokenizer's {table.vocab_size} pieces.")
+    targets = tokens.size - 1
+    if official:
+        targets = targets // record.context * record.context
+    text_bytes = count_bytes(table, tokens, targets)
     limits = Limits(TRACKS[record.track].eval_seconds)
-    with Host(folder, limits) as host:
+    with Host(folder, model, limits) as host:
         if host.vocab != table.vocab_size:
             raise Invalid(f"the scorer's vocabulary is {host.vocab}, the tokenizer's {table.vocab_size}")
-        tell = tell_progress(tokens.size - 1, limits)
+        tell = tell_progress(targets, limits)
         nats, count = score_tokens(host.logprobs, host.vocab, tokens, record.context, official, tell)
     seconds = limits.used
-    score = Score(nats, count, count_bytes(table, tokens, count))
+    score = Score(nats, count, text_bytes)
     artifact = folder / "model.bin"
     return {
         "folder": str(folder), "val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens,
@@ -281,17 +307,24 @@ class SampleArguments:
 def sample(arguments: SampleArguments) -> str:
     """The prompt and its continuation. Raises Invalid and UsageError."""
     folder = Path(arguments.folder)
-    for name, value in (("tokens", arguments.tokens), ("temperature", arguments.temperature)):
-        if value < 0:
+    for name in ("tokens", "temperature", "seed"):
+        value = getattr(arguments, name)
+        if not 0 <= value < float("inf"):
             raise UsageError(f"--{name} {value}: give 0 or more.")
     record = records.read(folder)
+    check_context(record, folder)
     table = ByteTable(folder / "tokenizer.model")
     generator = np.random.default_rng(arguments.seed)
     row = [table.bos, *table.encode(arguments.prompt)]
-    written: list[int] = []
-    with Host(folder, Limits(TRACKS.get(record.track, TRACKS["contest"]).eval_seconds)) as host:
+    asked = table.decode(row)
+    limits = Limits(TRACKS.get(record.track, TRACKS["contest"]).eval_seconds)
+    with Host(folder, (folder / "tokenizer.model").read_bytes(), limits) as host:
+        if host.vocab != table.vocab_size:
+            raise Invalid(f"the scorer's vocabulary is {host.vocab}, the tokenizer's {table.vocab_size}")
         for _ in range(arguments.tokens):
             given = host.logprobs(np.array([row[-record.context :]], dtype=np.int64))[0, -1].astype(np.float64)
+            if not np.isfinite(given).any() or np.isnan(given).any():
+                raise Invalid("the scorer gave log-probabilities that are not numbers")
             if arguments.temperature == 0:
                 token = int(given.argmax())
             else:
@@ -300,8 +333,7 @@ def sample(arguments: SampleArguments) -> str:
             if token == table.bos:
                 break
             row.append(token)
-            written.append(token)
-    return arguments.prompt + table.decode(written).decode(errors="replace")
+    return arguments.prompt + table.decode(row)[len(asked) :].decode(errors="replace")
 
 
 def main() -> int:
@@ -324,6 +356,8 @@ def main_with_verdicts() -> int:
         return main()
     except Invalid as fault:
         print(f"invalid: {fault}.", file=sys.stderr)
+        if "--json" in sys.argv:
+            print(json.dumps({"invalid": str(fault)}))
         return 1
 
 

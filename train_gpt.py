@@ -11,9 +11,10 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answer before torch takes its second to load
+    from golf.console import run_script
     from golf.presets import parse_command_line
 
-    parse_command_line(sys.argv[1:])
+    sys.exit(run_script(lambda: parse_command_line(sys.argv[1:])))
 
 import os
 import signal
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from golf import codec
 from golf.bpb import Score, windows
 from golf.clock import Clock, StepCounter
-from golf.config import Config
+from golf.config import Config, UsageError
 from golf.data import Corpus, TokenStream, batches, write_bytes
 from golf.machine import Machine, accumulate, compile_model, keep_memory, set_up, warm_up_in_memory
 from golf.model import RecurrentGPT
@@ -82,19 +83,40 @@ class Result:
     train_seconds: float = 0.0
     loss: float = float("nan")
 
+
+class Rollback:
+    """The weights and the count of steps before the last update, to return to when it must not stand."""
+
+    def __init__(self, result: Result):
+        self.result = result
+        self.weights = [p.detach().clone() for p in result.model.parameters()]
+        self.counts = (0, 0, 0.0, float("nan"))
+
     @torch.no_grad()
-    def take_back(self, weights: list[torch.Tensor], batch_tokens: int) -> None:
-        """Return to the weights before the last update."""
-        for p, before in zip(self.model.parameters(), weights, strict=True):
-            p.copy_(before)
-        self.steps, self.tokens = max(0, self.steps - 1), max(0, self.tokens - batch_tokens)
+    def remember(self) -> None:
+        """Before an update: keep the weights, whose loss has just been found finite."""
+        torch._foreach_copy_(self.weights, list(self.result.model.parameters()))
+        self.counts = (self.result.steps, self.result.tokens, self.result.train_seconds, self.result.loss)
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """Undo the last update."""
+        torch._foreach_copy_(list(self.result.model.parameters()), self.weights)
+        self.result.steps, self.result.tokens, self.result.train_seconds, self.result.loss = self.counts
 
 
 class Interrupt:
-    """Whether Ctrl-C or SIGTERM has asked the run to end; the second one ends the program at once."""
+    """Whether Ctrl-C or SIGTERM has asked the run to end. A second one, later than a launcher's echo of the first,
+    ends the program at once."""
+
+    ECHO_SECONDS = 5.0
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked_at: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.asked_at is not None
 
     @contextmanager
     def watched(self) -> Iterator[Interrupt]:
@@ -106,9 +128,9 @@ class Interrupt:
                 signal.signal(number, handler)
 
     def handle(self, number: int, frame: object) -> None:
-        if self.asked:
+        if self.asked_at is not None and time.monotonic() - self.asked_at > self.ECHO_SECONDS:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked_at = self.asked_at or time.monotonic()
 
 
 @torch.no_grad()
@@ -125,7 +147,9 @@ def validate(model: RecurrentGPT, tokens: np.ndarray, text_bytes: int, config: C
     return Score(nats, int(count), text_bytes)
 
 
-def train(config: Config, corpus: Corpus, machine: Machine, report: Callable[[dict], None]) -> Result:
+def train(
+    config: Config, corpus: Corpus, machine: Machine, interrupt: Interrupt, report: Callable[[dict], None]
+) -> Result:
     """Train until the clock or the step count says stop. `report` receives one dict an event, on every rank."""
     shape, recipe, run = config.shape, config.recipe, config.run
     torch.manual_seed(run.seed)
@@ -138,50 +162,52 @@ def train(config: Config, corpus: Corpus, machine: Machine, report: Callable[[di
     report({"event": "warm-up", "seconds": round(time.perf_counter() - began, 2), "micro_rows": micro_rows})
 
     result = Result(model)
-    good = [p.detach().clone() for p in optimizers.parameters]  # weights whose loss is known to be finite
-    clock: Clock | StepCounter
-    clock = (
-        StepCounter(run.max_steps)
-        if run.max_steps
-        else Clock(config.train_seconds, agree=machine.largest, now=machine.now)
-    )
+    rollback = Rollback(result)
+    timed = Clock(config.train_seconds, agree=machine.largest, now=machine.now)
+    clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
     source = batches(
         stream, recipe.batch_tokens, recipe.sequence_length, recipe.loader, machine.rank, machine.world, micro_rows
     )
-    with Interrupt().watched() as interrupt:
-        while (progress := clock.begin_step()) is not None:
-            if machine.largest(interrupt.asked):
-                result.status, result.reason = "interrupted", "asked to stop"
-                break
-            loops = shape.loops if progress >= recipe.loops_from else 1
-            optimizers.zero_grad()
-            local_loss = accumulate(model, next(source), machine, loops)
-            optimizers.reduce_gradients()
-            norm = optimizers.gradient_norm()
-            loss = machine.total([float(local_loss)])[0] / machine.world
-            if not (np.isfinite(loss) and np.isfinite(norm)):
-                result.status, result.reason = "crash", f"loss {loss}, gradient norm {norm} at step {result.steps + 1}"
-                result.take_back(good, recipe.batch_tokens)  # the update that led here
-                break
-            if not clock.may_update():
-                report({"event": "abandoned", "step": result.steps + 1, "elapsed": round(clock.elapsed(), 3)})
-                break
-            torch._foreach_copy_(good, optimizers.parameters)
-            optimizers.step(progress)
-            seconds = clock.end_step()
-            result.steps += 1
-            result.tokens += recipe.batch_tokens
-            result.loss, result.train_seconds = loss, clock.elapsed()
-            report({
-                "event": "step", "step": result.steps, "loss": round(loss, 5),
-                "elapsed": round(result.train_seconds, 3), "ms": round(seconds * 1e3, 1),
-                "progress": round(progress, 5), "loops": loops, "rate_scale": round(recipe.rate_scale(progress), 4),
-                "gradient_norm": round(norm, 4), "tokens": result.tokens, "limit": config.train_seconds,
-            })  # fmt: skip
-            if run.validate_every and result.steps % run.validate_every == 0:
-                with clock.paused():
-                    score = validation_score(model, corpus, config, machine)
-                    report({"event": "validation", "step": result.steps, "val_loss": score.loss, "val_bpb": score.bpb})
+    while (progress := clock.begin_step()) is not None:
+        if machine.largest(interrupt.asked):
+            result.status, result.reason = "interrupted", "asked to stop"
+            break
+        loops = shape.loops if progress >= recipe.loops_from else 1
+        optimizers.zero_grad()
+        local_loss = accumulate(model, next(source), machine, loops)
+        optimizers.reduce_gradients()
+        norm = optimizers.gradient_norm()
+        loss = machine.total([float(local_loss)])[0] / machine.world
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            result.status, result.reason = "crash", f"loss {loss}, gradient norm {norm} at step {result.steps + 1}"
+            rollback.take_back()  # the update that led here
+            break
+        if not clock.may_update():
+            report({"event": "abandoned", "step": result.steps + 1, "elapsed": round(clock.elapsed(), 3)})
+            break
+        rollback.remember()
+        optimizers.step(progress)
+        seconds = clock.end_step()
+        if clock.late:
+            report({"event": "late", "step": result.steps + 1, "elapsed": round(clock.elapsed(), 3)})
+            rollback.take_back()
+            break
+        result.steps += 1
+        result.tokens += recipe.batch_tokens
+        result.loss, result.train_seconds = loss, clock.elapsed()
+        report({
+            "event": "step", "step": result.steps, "loss": round(loss, 5),
+            "elapsed": round(result.train_seconds, 3), "ms": round(seconds * 1e3, 1),
+            "progress": round(progress, 5), "loops": loops, "rate_scale": round(recipe.rate_scale(progress), 4),
+            "gradient_norm": round(norm, 4), "tokens": result.tokens, "limit": config.train_seconds,
+        })  # fmt: skip
+        if run.validate_every and result.steps % run.validate_every == 0:
+            with clock.paused():
+                score = validation_score(model, corpus, config, machine)
+                report({"event": "validation", "step": result.steps, "val_loss": score.loss, "val_bpb": score.bpb})
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        result.status, result.reason = "crash", f"weights not finite after step {result.steps}"
+        rollback.take_back()
     report({
         "event": "trained", "status": result.status, "reason": result.reason, "steps": result.steps,
         "tokens": result.tokens, "train_seconds": round(result.train_seconds, 3), "left_out": round(clock.left_out, 3),
@@ -192,7 +218,7 @@ def train(config: Config, corpus: Corpus, machine: Machine, report: Callable[[di
 def validation_score(model: RecurrentGPT, corpus: Corpus, config: Config, machine: Machine) -> Score:
     """The unpacked weights' score on the corpus's whole validation split."""
     tokens = np.concatenate(corpus.shards("val"))
-    return validate(model, tokens, corpus.manifest["splits"]["val"]["counted_bytes"], config, machine)
+    return validate(model, tokens, corpus.val_bytes, config, machine)
 
 
 def pack(model: RecurrentGPT, path: Path, note: dict) -> int:
@@ -208,34 +234,42 @@ def main() -> int:
     from golf import bundle, journal, presets, records
 
     config = presets.parse_command_line(sys.argv[1:])
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    config.check(world)
+    config.check(int(os.environ.get("WORLD_SIZE", 1)))
     corpus = Corpus(config.run.data)
     corpus.check(config.shape.vocab_size, config.recipe.sequence_length)
     budget.require_fit(config)
+    code = bundle.counted_files()  # now, so that what ships is what runs
     machine = set_up(config)
     folder = Path(config.run.runs) / records.folder_name(config)
     if machine.rank == 0:
         records.create_folder(folder)
-    with journal.Journal(folder, config, machine.rank) as log:
+    with Interrupt().watched() as interrupt, journal.Journal(folder, config, machine.rank) as log:
         log.write(journal.start_row(config, corpus, machine.__dict__))
-        result = train(config, corpus, machine, log.write)
+        result = train(config, corpus, machine, interrupt, log.write)
+        if machine.rank == 0:
+            try:
+                pack(result.model, folder / "model.bin", {"preset": config.preset, "seed": config.run.seed})
+            except UsageError as error:
+                result.status, result.reason = "crash", str(error)
+            for name, data in {**code, "tokenizer.model": corpus.tokenizer.read_bytes()}.items():
+                write_bytes(folder / name, data)
         unpacked = validation_score(result.model, corpus, config, machine) if result.steps else None
         if machine.rank == 0:
-            log.write(
-                {"event": "unpacked", "val_loss": unpacked and unpacked.loss, "val_bpb": unpacked and unpacked.bpb}
-            )
-            pack(result.model, folder / "model.bin", {"preset": config.preset, "seed": config.run.seed})
-            bundle.write_code(folder)
-            write_bytes(folder / "tokenizer.model", corpus.tokenizer.read_bytes())
+            if unpacked:
+                log.write({"event": "unpacked", "val_loss": unpacked.loss, "val_bpb": unpacked.bpb})
             record = records.from_run(folder, config, corpus, result, unpacked, log.environment)
             records.write(folder, record)
-            if config.run.judge and result.steps:
+            if config.run.judge and result.steps and (folder / "model.bin").exists():
+                result.model.cpu()  # the scorer needs the device's memory
+                if machine.device.type == "cuda":
+                    torch.cuda.empty_cache()
                 record = records.judged(folder, record, Path(config.run.data))
             log.close_with(record)
     if machine.world > 1:
         dist.destroy_process_group()
-    return {"complete": 0, "crash": 1, "interrupted": 130}[result.status]
+    if machine.rank > 0:
+        return 0  # a launcher ends all ranks when one fails, and rank 0 may still be writing
+    return {"complete": 0, "interrupted": 130}.get(record.status, 1)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,9 @@ def main() -> None:
         return
     print(f"{preset.preset}, loops on, {tokens} tokens a step; ratio to {ROWS[0][0]} {ROWS[0][1]}")
     for row in table:
-        print(f"{row['dtype']:>9} {row['compile']:>6} {row['tokens_per_second']:>8,} tokens/s "
-              f"({row['slowest']:,}-{row['fastest']:,})  {row['ratio']:.2f}x  warm-up {row['warm_up_seconds']:.1f} s")  # fmt: skip
+        speed = f"{row['tokens_per_second']:>8,} tokens/s ({row['slowest']:,}-{row['fastest']:,})"
+        warm_up = f"warm-up {row['warm_up_seconds']:.1f} s"
+        print(f"{row['dtype']:>9} {row['compile']:>6} {speed}  {row['ratio']:.2f}x  {warm_up}")
 
 
 if __name__ == "__main__":

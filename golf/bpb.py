@@ -7,6 +7,7 @@ is found and refused.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,8 +124,10 @@ def documents(tokens: np.ndarray, bos: int) -> Iterator[np.ndarray]:
 
 def decoded_bytes(table: ByteTable, tokens: np.ndarray) -> int:
     """Bytes of the text as the tokenizer's own library decodes it, document by document."""
-    rows = [d.tolist() for d in documents(np.asarray(tokens), table.bos)]
-    return sum(len(text.encode()) for text in table.processor.decode(rows)) if rows else 0
+    total, rows = 0, documents(np.asarray(tokens), table.bos)
+    while batch := [d.tolist() for d in itertools.islice(rows, 1000)]:
+        total += sum(len(text.encode()) for text in table.processor.decode(batch))
+    return total
 
 
 def windows(tokens: np.ndarray, length: int, rows: int, whole_only: bool = False) -> Iterator[tuple[np.ndarray, ...]]:

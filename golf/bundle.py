@@ -32,11 +32,3 @@ def counted_files() -> dict[str, bytes]:
 def code_bytes() -> int:
     """Bytes of code that a run folder will hold."""
     return sum(len(data) for data in counted_files().values())
-
-
-def write_code(folder: Path) -> None:
-    """Write the counted code to a run folder."""
-    from golf.data import write_bytes
-
-    for name, data in counted_files().items():
-        write_bytes(folder / name, data)

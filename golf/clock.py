@@ -14,10 +14,12 @@ class Clock:
     """Seconds of training, not counting what happens inside `paused()`.
 
     A step goes begin_step() -> gradients -> may_update() -> update -> end_step(). begin_step answers None when the
-    slowest recent step would not fit before `seconds - reserve`; may_update answers False when the update would end
-    after it, so that the step is abandoned and no late update enters the weights.
+    slowest recent step would not fit before `seconds - reserve`; may_update answers False when the slowest recent
+    update would not, so that the step is abandoned. Should an update end after the limit all the same, `late` is set
+    and the caller takes it back: no late update stays in the weights.
 
-    `agree` turns this rank's elapsed seconds into the largest of all ranks'; `now` reads the time.
+    `agree` turns this rank's elapsed seconds into the largest of all ranks'; every decision is made from agreed
+    numbers only, so that all ranks decide alike. `now` reads the time.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Clock:
         self.steps: deque[float] = deque(maxlen=RECENT)
         self.updates: deque[float] = deque(maxlen=RECENT)
         self.step_began = self.update_began = 0.0
+        self.late = False
 
     @property
     def limit(self) -> float:
@@ -54,8 +57,7 @@ class Clock:
     def begin_step(self) -> float | None:
         """Progress in [0, 1], the same on all ranks, or None when the next step would not fit."""
         self.step_began = self.agree(self.elapsed())
-        expected = max(self.steps, default=0.0)
-        if self.step_began + expected >= self.limit:
+        if self.late or self.step_began + max(self.steps, default=0.0) >= self.limit:
             return None
         return self.step_began / self.limit
 
@@ -65,8 +67,9 @@ class Clock:
         return self.update_began + max(self.updates, default=0.0) < self.limit
 
     def end_step(self) -> float:
-        """Note what the step and its update took; return the step's seconds on this rank."""
-        ended = self.elapsed()
+        """Note what the step and its update took on the slowest rank; return the step's seconds."""
+        ended = self.agree(self.elapsed())
+        self.late = ended > self.limit
         self.steps.append(ended - self.step_began)
         self.updates.append(ended - self.update_began)
         return self.steps[-1]
@@ -74,6 +77,8 @@ class Clock:
 
 class StepCounter:
     """A Clock that reads no time: progress is step / steps. For runs that must be equal on every machine."""
+
+    late = False
 
     def __init__(self, steps: int):
         self.total = steps
@@ -84,7 +89,6 @@ class StepCounter:
     elapsed = Clock.elapsed
     paused = Clock.paused
     now = staticmethod(time.perf_counter)
-    limit = float("inf")
 
     def begin_step(self) -> float | None:
         return self.done / self.total if self.done < self.total else None

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from golf.config import CONTROL_ROLES, Shape, UsageError, shape_from_dict
+from golf.config import Shape, UsageError, shape_from_dict, tensor_class
 
 MAGIC, VERSION = b"GOLFPACK", 1
 PREFIX = struct.Struct("<8sI32sI")  # magic, version, sha256, header length
@@ -30,12 +30,6 @@ class Grid:
 
     integers: np.ndarray  # (R, C) int8
     scale: np.ndarray  # (R,) float16
-
-
-def tensor_class(name: str) -> str:
-    """Which rule stores a tensor: embed, matrix or control."""
-    role = name.rsplit(".", 1)[-1]
-    return "embed" if role == "embedding" else "control" if role in CONTROL_ROLES else "matrix"
 
 
 def quantize(weight: np.ndarray, bits: int) -> Grid:

@@ -10,11 +10,24 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
-CONTROL_ROLES = ("attn_scale", "mlp_scale", "resid_mix", "qk_gain", "skip_weight")
+# How the artifact stores a parameter, by the last part of its name.
+TENSOR_CLASSES = {
+    "embedding": "embed", "query": "matrix", "key": "matrix", "value": "matrix", "out": "matrix", "up": "matrix",
+    "down": "matrix", "attn_scale": "control", "mlp_scale": "control", "resid_mix": "control", "qk_gain": "control",
+    "skip_weight": "control",
+}  # fmt: skip
 
 
 class UsageError(Exception):
     """A user's mistake: one sentence that names the option, its value and the way out. Scripts exit 2 on it."""
+
+
+def tensor_class(name: str) -> str:
+    """Which codec rule a parameter has: embed, matrix or control. Raises ValueError with its name when none."""
+    kind = TENSOR_CLASSES.get(name.rsplit(".", 1)[-1])
+    if kind is None:
+        raise ValueError(f"parameter {name!r} has no codec rule")
+    return kind
 
 
 @dataclass(frozen=True)
@@ -83,8 +96,26 @@ class Shape:
 
     @property
     def control_rows(self) -> int:
-        """Rows of each bank of control vectors: one a unique block, or one an effective layer."""
+        """Rows of each bank of control vectors: one a unique block, or one a block and pass."""
         return self.effective_layers if self.pass_scalars else self.unique_layers
+
+    def layers(self, loops: int | None = None) -> list[tuple[int, int]]:
+        """(unique block, its row in the banks of control vectors) of each effective layer.
+
+        With pass_scalars a row belongs to a block and a pass, whatever the number of loops; passes beyond the shape's
+        own share the last one's row.
+        """
+        passes = [0] * self.unique_layers
+        out = []
+        for block in self.order(loops):
+            row = block
+            if self.pass_scalars and block >= self.prelude:
+                inside = block < self.prelude + self.core
+                done = min(passes[block], self.loops - 1) if inside else self.loops - 1
+                row = block + done * self.core
+            passes[block] += 1
+            out.append((block, row))
+        return out
 
     def skip_layers(self, loops: int | None = None) -> range:
         """Effective layers that pop a skip: the second half, one pop for each push of the first half."""
@@ -94,15 +125,17 @@ class Shape:
 
     @property
     def skip_rows(self) -> dict[int, int]:
-        """Row of the skip bank by key: the effective layer with pass_scalars, else the unique block that pops.
+        """Row of the skip bank by the control row of the layer that pops.
 
-        Keyed by block, a row serves every pass, so neither the artifact's size nor the meaning of a row changes
-        with the number of loops from two on, and loops can be switched on during training.
+        A looped shape has a row for every core and coda block, whether or not it pops at this number of loops: the
+        artifact's size does not move with the loops, and loops can be switched on during training.
         """
-        if self.pass_scalars:
-            return {layer: row for row, layer in enumerate(self.skip_layers())}
-        keys = {self.order(n)[layer] for n in (1, self.loops) for layer in self.skip_layers(n)}
-        return {block: row for row, block in enumerate(sorted(keys))}
+        if not self.skips:
+            return {}
+        keys = {self.layers(1)[layer][1] for layer in self.skip_layers(1)}
+        if self.loops > 1:
+            keys |= set(range(self.prelude, self.control_rows))
+        return {key: row for row, key in enumerate(sorted(keys))}
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every stored tensor, in storage order; the last part of a name is its role."""
@@ -289,19 +322,28 @@ def require(condition: bool, option: str, value: object, way_out: str) -> None:
         raise UsageError(f"--{option.replace('_', '-')} {value}: {way_out}.")
 
 
+LARGEST = {"vocab_size": 65_536, "width": 65_536, "heads": 4096, "kv_heads": 4096, "core": 1024, "loops": 1024,
+           "prelude": 1024, "coda": 1024, "mlp_ratio": 64.0, "rope_base": 1e9, "softcap": 1e9}  # fmt: skip
+
+
 def check_shape(shape: Shape) -> None:
     """Raise UsageError for a shape that no model can have."""
+    for name, most in LARGEST.items():
+        value = getattr(shape, name)
+        require(value <= most, f"shape.{name}", value, f"give at most {most:g}")  # also refuses nan
     for name in ("vocab_size", "width", "heads", "kv_heads", "core", "loops"):
         require(getattr(shape, name) >= 1, f"shape.{name}", getattr(shape, name), "give 1 or more")
     for name in ("prelude", "coda"):
         require(getattr(shape, name) >= 0, f"shape.{name}", getattr(shape, name), "give 0 or more")
+    require(
+        shape.core * shape.loops <= 4096, "shape.loops", shape.loops, f"{shape.core} blocks run too often, give fewer"
+    )
     width, heads = shape.width, shape.heads
     near = max(1, width // heads) * heads
     require(width % heads == 0, "shape.width", width, f"not divisible by {heads} heads, {near} is")
     require(shape.head_size % 2 == 0, "shape.heads", heads, f"the head size {shape.head_size} must be even for RoPE")
     require(heads % shape.kv_heads == 0, "shape.kv_heads", shape.kv_heads, f"must divide the {heads} heads")
     require(shape.mlp_width >= 1, "shape.mlp_ratio", shape.mlp_ratio, "give more than 0")
-    require(shape.vocab_size <= 65_536, "shape.vocab_size", shape.vocab_size, "tokens are stored in 16 bits")
     require(shape.softcap > 0, "shape.softcap", shape.softcap, "give more than 0")
     require(shape.rope_base > 1, "shape.rope_base", shape.rope_base, "give more than 1")
     for name in ("matrix_bits", "embed_bits"):
@@ -328,7 +370,12 @@ def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:
         value = getattr(recipe, name)
         require(0 <= value <= 1, f"recipe.{name}", value, "give a fraction from 0 to 1")
     for name in ("matrix_rate", "embed_rate", "scalar_rate", "matrix_decay", "embed_decay", "clip_norm", "embed_std"):
-        require(getattr(recipe, name) >= 0, f"recipe.{name}", getattr(recipe, name), "give 0 or more")
+        value = getattr(recipe, name)
+        require(0 <= value < float("inf"), f"recipe.{name}", value, "give 0 or more")
+    for name in ("adam_beta1", "adam_beta2"):
+        value = getattr(recipe, name)
+        require(0 <= value < 1, f"recipe.{name}", value, "give 0 or more and less than 1")
+    require(recipe.adam_epsilon > 0, "recipe.adam_epsilon", recipe.adam_epsilon, "give more than 0")
     require(recipe.newton_schulz_steps >= 1, "recipe.newton_schulz_steps", recipe.newton_schulz_steps, "give 1 or more")
 
 
@@ -344,11 +391,6 @@ def shape_from_dict(values: object) -> Shape:
         wanted = (int, float) if kinds[name] is float else (kinds[name],)
         if type(value) not in wanted:
             raise UsageError(f"The shape's field {name} is {value!r}, not of type {kinds[name].__name__}.")
-        if type(value) in (int, float) and not abs(value) <= 1e9:
-            raise UsageError(f"The shape's field {name} is {value!r}, out of range.")
     shape = Shape(**values)
     check_shape(shape)
-    require(
-        shape.unique_layers <= 1024 and shape.effective_layers <= 65_536, "shape.core", shape.core, "too many blocks"
-    )
     return shape

@@ -11,7 +11,7 @@ import numpy as np
 
 from golf.bpb import ByteTable
 from golf.config import UsageError
-from golf.data import read_shard, write_bytes
+from golf.data import complete, read_shard, write_bytes
 
 REPOSITORY, PREFIX = "willdepueoai/parameter-golf", "datasets"
 
@@ -53,7 +53,15 @@ def fetch(out: Path, variant: str, train_shards: int) -> dict:
     if train_shards < 1:
         raise UsageError(f"--train-shards {train_shards}: give 1 or more.")
     out.mkdir(parents=True, exist_ok=True)
-    published = json.loads(download("manifest.json", out / ".manifest").read_text("utf-8"))
+    request = {"source": "contest", "variant": variant, "train_shards": train_shards}
+    if earlier := complete(out, request):
+        return earlier
+    try:
+        published = json.loads(download("manifest.json", out / ".manifest").read_text("utf-8"))
+        if not isinstance(published, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise UsageError(f"The hub's manifest.json is not JSON ({error}); try again.") from error
     dataset = f"fineweb10B_{variant}"
     row = entry(published, "datasets", dataset)
     if not row:
@@ -84,7 +92,7 @@ def fetch(out: Path, variant: str, train_shards: int) -> dict:
             "sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
         },
         "splits": splits, "dropped": 0,
-        "request": {"source": "contest", "variant": variant, "train_shards": train_shards},
+        "request": request,
     }  # fmt: skip
     write_bytes(out / "manifest.json", json.dumps(manifest, indent=1).encode())
     shutil.rmtree(out / ".work", ignore_errors=True)

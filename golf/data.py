@@ -20,7 +20,7 @@ HEADER_BYTES = HEADER_INTS * 4
 BOS = 1
 
 
-def write_bytes(path: Path, *parts: bytes) -> None:
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file whole or not at all: aside, fsync, rename. Raises OSError; leaves no temporary file."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -46,7 +46,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Write one shard from a 1-D array of tokens below 65,536."""
     if tokens.ndim != 1 or (tokens.size and (tokens.min() < 0 or tokens.max() > 0xFFFF)):
         raise ValueError("a shard holds one row of tokens from 0 to 65,535")
-    write_bytes(path, shard_header(tokens.size), tokens.astype("<u2").tobytes())
+    write_bytes(path, shard_header(tokens.size), np.ascontiguousarray(tokens, dtype="<u2").data)
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -89,12 +89,21 @@ class Corpus:
                 split: [str(f) for f in self.manifest["splits"][split]["files"]] for split in ("train", "val")
             }
             self.tokens = {split: int(self.manifest["splits"][split]["tokens"]) for split in ("train", "val")}
+            self.val_bytes = int(self.manifest["splits"]["val"]["counted_bytes"])
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"--run.data {folder}: {path.name} lacks {error}; prepare it again.") from error
 
     @property
     def tokenizer(self) -> Path:
         return self.folder / "tokenizer.model"
+
+    def has_its_tokenizer(self) -> bool:
+        """Whether tokenizer.model is the one that made the shards. Raises UsageError when it cannot be read."""
+        try:
+            found = hashlib.sha256(self.tokenizer.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UsageError(f"{self.tokenizer} cannot be read ({error.strerror}); prepare the data again.") from error
+        return found == self.manifest["tokenizer"].get("sha256")
 
     def shards(self, split: str) -> list[np.ndarray]:
         """The split's shards, every header checked. Raises UsageError for a missing or damaged one."""
@@ -111,11 +120,7 @@ class Corpus:
                 f"--shape.vocab-size {vocab_size}: the tokenizer in {self.folder} has {self.vocab_size} pieces, "
                 "give that number or other data."
             )
-        try:
-            found = hashlib.sha256(self.tokenizer.read_bytes()).hexdigest()
-        except OSError as error:
-            raise UsageError(f"{self.tokenizer} cannot be read ({error.strerror}); prepare the data again.") from error
-        if found != self.manifest["tokenizer"].get("sha256"):
+        if not self.has_its_tokenizer():
             raise UsageError(f"{self.tokenizer} is not the tokenizer that made the shards; prepare the data again.")
         for split in ("train", "val"):
             for name, shard in zip(self.files[split], self.shards(split), strict=True):
@@ -130,6 +135,16 @@ class Corpus:
                     f"--recipe.sequence-length {sequence_length}: the {split} split in {self.folder} has only "
                     f"{self.tokens[split]} tokens, give a shorter sequence or more text."
                 )
+
+
+def complete(folder: Path, request: dict) -> dict:
+    """The manifest of `folder` when it was written for this request and every file it names is whole, else {}."""
+    try:
+        corpus = Corpus(folder)
+        whole = all(corpus.shards(split) for split in ("train", "val")) and corpus.has_its_tokenizer()
+        return corpus.manifest if whole and corpus.manifest.get("request") == request else {}
+    except UsageError:
+        return {}
 
 
 class TokenStream:

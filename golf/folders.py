@@ -62,9 +62,8 @@ def sizes(folder: Path) -> Sizes:
 
 
 def copy_counted(folder: Path, target: Path) -> None:
-    """Copy what counts, and the tokenizer, which does not, to `target`: all that a scorer is given."""
-    tokenizer = folder / "tokenizer.model"
-    for path in counted(folder) + ([tokenizer] if tokenizer.is_file() and not tokenizer.is_symlink() else []):
+    """Copy what counts to `target`."""
+    for path in counted(folder):
         goal = target / path.relative_to(folder)
         goal.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, goal)

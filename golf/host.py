@@ -1,7 +1,7 @@
 """Runs a submission's scorer in a process of its own. Started as a script with python -I; imports nothing of ours.
 
-The parent writes tokens to one shared file and reads log-probabilities from another; only short JSON lines cross the
-pipes, and the submission's own output goes to a log.
+Tokens come in one nameless file and log-probabilities go out in another; only short JSON lines cross the pipes, and
+what the submission prints goes nowhere.
 """
 
 import importlib.util
@@ -26,24 +26,26 @@ def load(folder):
     return module.load_scorer(folder)
 
 
-def answer_requests(scorer, requests, answer, buffers):
+def answer_requests(scorer, requests, answer, tokens_fd, answers_fd):
     """Serve {"rows": B, "length": T} until the pipe closes."""
     vocab = int(scorer.vocab)
     answer({"vocab": vocab})
     for line in requests:
         request = json.loads(line)
         rows, length = request["rows"], request["length"]
-        tokens = np.fromfile(os.path.join(buffers, "tokens"), dtype=np.int64, count=rows * length).reshape(rows, length)
+        size = rows * length * 8
+        tokens = np.frombuffer(os.pread(tokens_fd, size, 0), dtype=np.int64).reshape(rows, length).copy()
         given = np.asarray(scorer.logprobs(tokens))
         if given.shape != (rows, length, vocab) or given.dtype != np.float32:
             raise TypeError(f"logprobs gave {given.dtype} {given.shape}, not float32 {(rows, length, vocab)}")
-        out = np.memmap(os.path.join(buffers, "logprobs"), dtype=np.float32, mode="r+", shape=given.shape)
-        out[:] = given
+        view, done = memoryview(np.ascontiguousarray(given)).cast("B"), 0
+        while done < given.nbytes:
+            done += os.pwrite(answers_fd, view[done:], done)
         answer({"rows": rows})
 
 
 def main():
-    folder, buffers, request_fd, answer_fd = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    folder, (request_fd, answer_fd, tokens_fd, answers_fd) = sys.argv[1], map(int, sys.argv[2:])
     requests, replies = os.fdopen(request_fd, "r"), os.fdopen(answer_fd, "w")
 
     def answer(message):
@@ -51,7 +53,7 @@ def main():
         replies.flush()
 
     try:
-        answer_requests(load(folder), requests, answer, buffers)
+        answer_requests(load(folder), requests, answer, tokens_fd, answers_fd)
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" ({os.path.basename(last[0].filename)} line {last[0].lineno})" if last else ""

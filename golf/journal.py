@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -29,7 +30,7 @@ def git_state() -> dict:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = ask("rev-parse", "HEAD")
-    return {"commit": commit, "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))} if commit else {}
+    return {"commit": commit, "dirty": bool(ask("status", "--porcelain"))} if commit else {}
 
 
 def processor() -> str:
@@ -62,6 +63,15 @@ def start_row(config: Config, corpus: Corpus, machine: dict) -> dict:
     }  # fmt: skip
 
 
+def finite(value: object) -> object:
+    """The same value with numbers that JSON does not know as text."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Journal:
     """Append-only log.jsonl of one run, and its console lines."""
 
@@ -86,7 +96,7 @@ class Journal:
         """Log a row; print what people follow."""
         if self.file is None:
             return
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(finite(row), allow_nan=False) + "\n")
         self.file.flush()
         speak = getattr(self, "on_" + row["event"].replace("-", "_"), None)
         if speak:
@@ -129,8 +139,7 @@ class Journal:
         print(f"training {row['status']}{why} after {row['steps']} steps, {row['train_seconds']:.2f} s", flush=True)
 
     def on_unpacked(self, row: dict) -> None:
-        if row["val_bpb"] is not None:
-            print(f"before packing: val_loss {row['val_loss']:.5f}  val_bpb {row['val_bpb']:.5f}", flush=True)
+        print(f"before packing: val_loss {row['val_loss']:.5f}  val_bpb {row['val_bpb']:.5f}", flush=True)
 
     def close_with(self, record: object) -> None:
         """Log the finished record and print its closing block."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,9 +48,10 @@ class Machine:
 
     def total(self, values: list[float]) -> list[float]:
         """Sums over all ranks."""
+        if self.world == 1:
+            return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(tensor)
+        dist.all_reduce(tensor)
         return tensor.tolist()
 
 
@@ -67,7 +70,7 @@ def keep_memory() -> None:
 
 
 def bfloat16_gain(device: torch.device) -> float:
-    """Rate of bfloat16 matrix products over float32's, measured here; above 2 where the processor has them."""
+    """Rate of bfloat16 matrix products over float32's, measured here: below 1 where they are emulated."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(1024, 512, device=device).to(dtype) for _ in range(2))
@@ -76,11 +79,16 @@ def bfloat16_gain(device: torch.device) -> float:
             began = time.perf_counter()
             for _ in range(4):
                 a @ b.mT
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
             taken.append(time.perf_counter() - began)
         seconds[dtype] = min(taken)
     return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def missing_for_compile() -> str:
+    """What torch.compile needs for a CPU and does not find here: a C++ compiler or Python's headers."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        return "C++ compiler"
+    return "" if (Path(sysconfig.get_path("include")) / "Python.h").exists() else "Python.h (python3-dev)"
 
 
 def set_up(config: Config) -> Machine:
@@ -97,24 +105,27 @@ def set_up(config: Config) -> Machine:
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
-    if kind == "mps":
-        notes.append("mps: this device is untested")
+    if kind != "cpu":
+        notes.append(f"{kind}: written for it, not yet tested on it")
     if run.threads:
         torch.set_num_threads(run.threads)
     keep_memory()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(run.dtype)
-    if dtype is None:
+    if dtype is None and kind == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+        notes.append(f"{str(dtype)[6:]}: by the device's capability")
+    elif dtype is None:
         gain = Machine(device, torch.float32, "none", rank, world).largest(bfloat16_gain(device))  # one answer for all
         dtype = torch.bfloat16 if gain > 1.2 else torch.float32
         notes.append(f"{str(dtype)[6:]}: bfloat16 products run at {gain:.1f} times float32's rate here")
     mode = run.compile
-    if mode in ("auto", "block", "model") and kind == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+    if mode != "none" and kind == "cpu" and (missing := missing_for_compile()):
         if mode != "auto":
-            raise UsageError(f"--run.compile {mode}: there is no C++ compiler, install g++ or give none.")
+            raise UsageError(f"--run.compile {mode}: there is no {missing}, install it or give none.")
         mode = "none"
-        notes.append("compile: none, there is no C++ compiler")
+        notes.append(f"compile: none, there is no {missing}")
     mode = "block" if mode == "auto" else mode
     return Machine(device, dtype, mode, rank, world, tuple(notes))
 
@@ -143,23 +154,40 @@ def accumulate(model: RecurrentGPT, micro: list, machine: Machine, loops: int) -
     return total
 
 
-def warm_up(model: RecurrentGPT, optimizers: Optimizers, config: Config, machine: Machine, micro_rows: int) -> None:
-    """Compile every graph that training will use, on synthetic tokens; weights and optimiser state are restored."""
+def warm_up(model: RecurrentGPT, optimizers: Optimizers, config: Config, machine: Machine, micro_rows: int) -> bool:
+    """Compile every graph that training will use, on synthetic tokens; weights and optimiser state are restored.
+
+    Returns False, on every rank, when memory ran out on any: nothing that ranks do together is begun before all of
+    them have been through a backward pass.
+    """
     recipe, shape = config.recipe, config.shape
     saved = [p.detach().clone() for p in model.parameters()]
     row = np.arange(micro_rows * recipe.sequence_length, dtype=np.int64).reshape(micro_rows, -1) % shape.vocab_size
     depths = {shape.loops} | ({1} if recipe.loops_from > 0 else set())
-    for loops in sorted(depths):
+    failed = 0.0
+    for loops in sorted(depths, reverse=True):  # the deepest, which needs most memory, first
         for _ in range(2):
-            optimizers.zero_grad()
-            accumulate(model, [(row, row)], machine, loops)
+            try:
+                optimizers.zero_grad()
+                accumulate(model, [(row, row)], machine, loops)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = 1.0
+            if failed := machine.largest(failed):
+                break
             optimizers.reduce_gradients()
             optimizers.step(0.0)
+        if failed:
+            break
     with torch.no_grad():
         for p, before in zip(model.parameters(), saved, strict=True):
             p.copy_(before)
     optimizers.zero_grad()
     optimizers.reset()
+    if failed and machine.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return not failed
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -173,21 +201,8 @@ def warm_up_in_memory(
     rows = config.recipe.batch_tokens // config.recipe.sequence_length // machine.world
     micro = config.run.micro_rows or rows
     half = next(n for n in range(max(1, micro // 2), 0, -1) if rows % n == 0)
-    start = [p.detach().clone() for p in model.parameters()]
     for attempt in (micro, half):
-        failed = 0.0
-        try:
-            warm_up(model, optimizers, config, machine, attempt)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = 1.0
-        if not machine.largest(failed):
+        if warm_up(model, optimizers, config, machine, attempt):
             return attempt
         report({"event": "memory", "message": f"{attempt} rows at a time do not fit in memory"})
-        optimizers.zero_grad()
-        optimizers.reset()
-        with torch.no_grad():
-            for p, before in zip(model.parameters(), start, strict=True):
-                p.copy_(before)
     raise UsageError(f"--run.micro-rows {micro}: neither {micro} nor {half} rows fit in memory, give fewer.")

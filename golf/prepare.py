@@ -27,7 +27,7 @@ from golf import contest, sources
 from golf.bpb import SPACE, ByteTable
 from golf.config import UsageError
 from golf.console import Stage, parse, run_script
-from golf.data import BOS, write_bytes, write_shard
+from golf.data import BOS, complete, write_bytes, write_shard
 from golf.sources import Document, Source
 
 VALIDATION_SHARE, VALIDATION_LEAST, VALIDATION_MOST = 0.03, 300_000, 3_000_000
@@ -67,7 +67,7 @@ def digest(text: str) -> int:
 class Spool:
     """Documents in one file, with offset, length, hashes and topic of each in memory (some 40 bytes a document)."""
 
-    COLUMNS = ("length", "content", "key", "topic", "given")
+    COLUMNS = ("length", "content", "whole", "key", "topic", "given")
 
     def __init__(self, path: Path):
         self.path = path
@@ -85,13 +85,14 @@ class Spool:
                     if not data.strip():
                         continue
                     self.fingerprint.update(len(data).to_bytes(8, "little") + data)
-                    content = digest(document.text)
-                    key = digest(document.key) if document.key else content
+                    whole = digest(document.text)
+                    key = digest(document.key) if document.key else whole
                     for piece in cut_pieces(document.text, cut) if cut and not given else [document.text]:
                         encoded = piece.encode()
                         out.write(encoded)
                         columns["length"].append(len(encoded))
-                        columns["content"].append(content if len(encoded) == len(data) else digest(piece))
+                        columns["content"].append(whole if len(encoded) == len(data) else digest(piece))
+                        columns["whole"].append(whole)
                         columns["key"].append(key)
                         columns["topic"].append(topics.setdefault(document.topic, len(topics)))
                         columns["given"].append(given)
@@ -100,7 +101,7 @@ class Spool:
         self.set_columns({name: np.frombuffer(c, dtype=np.uint64) for name, c in columns.items()})
 
     def set_columns(self, columns: dict[str, np.ndarray]) -> None:
-        self.length, self.content, self.key, self.topic, self.given = (columns[name] for name in self.COLUMNS)
+        self.length, self.content, self.whole, self.key, self.topic, self.given = (columns[n] for n in self.COLUMNS)
         self.offset = np.concatenate([[0], np.cumsum(self.length, dtype=np.uint64)])[:-1]
 
     def save(self) -> None:
@@ -159,22 +160,25 @@ def choose_validation(spool: Spool, share: float, threshold: int | None) -> tupl
         target = min(max(share * total, VALIDATION_LEAST), VALIDATION_MOST, total / 2)
         order = np.argsort(spool.key, kind="stable")
         reached = np.cumsum(spool.length[order])
-        last = order[min(int(np.searchsorted(reached, target)), order.size - 1)]
-        threshold = int(spool.key[last])
+        last = min(int(np.searchsorted(reached, target)), order.size - 1)
+        if last and reached[last] > max(target, VALIDATION_MOST):
+            last -= 1  # a long document would pass the bound
+        threshold = int(spool.key[order[last]])
     return spool.key <= np.uint64(threshold), threshold
 
 
-def split(spool: Spool, share: float, threshold: int | None) -> tuple[np.ndarray, np.ndarray, int, int]:
+def split(spool: Spool, share: float, threshold: int | None) -> tuple[np.ndarray, np.ndarray, int, int | None]:
     """Indices of train and validation documents, how many train documents were dropped, and the threshold.
 
     A train document equal, up to white space, to a validation document is dropped.
     """
     if spool.given.any():
-        held_out, threshold = spool.given.astype(bool), 0
+        held_out, threshold = spool.given.astype(bool), None
     else:
         held_out, threshold = choose_validation(spool, share, threshold)
     train, validation = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     doubled = np.isin(spool.content[train], spool.content[validation])
+    doubled |= np.isin(spool.whole[train], spool.whole[validation])  # also when one of them was cut
     train = train[~doubled]
     if not train.size or not validation.size:
         raise UsageError(
@@ -235,11 +239,12 @@ class ShardWriter:
 
     def __init__(self, out: Path, name: str, shard_tokens: int, work: Path):
         self.out, self.name, self.shard_tokens = out, name, shard_tokens
-        self.note, self.rest_file = work / f"{name}.json", work / f"{name}.rest.npy"
+        self.note = work / f"{name}.npz"
         self.counts, self.parts, self.held = Counts(), [], 0
         if self.note.exists():
-            self.counts = Counts(**json.loads(self.note.read_text("utf-8")))
-            self.add(np.load(self.rest_file, allow_pickle=False))
+            with np.load(self.note, allow_pickle=False) as stored:
+                self.counts = Counts(**json.loads(stored["counts"].tobytes()))
+                self.add(stored["rest"])
 
     def add(self, tokens: np.ndarray) -> None:
         self.parts.append(tokens)
@@ -257,9 +262,9 @@ class ShardWriter:
             self.counts.files.append(file)
         self.parts, self.held = [tokens], tokens.size
         buffer = io.BytesIO()
-        np.save(buffer, tokens)
-        write_bytes(self.rest_file, buffer.getvalue())
-        write_bytes(self.note, json.dumps(asdict(self.counts)).encode())
+        counts = np.frombuffer(json.dumps(asdict(self.counts)).encode(), dtype=np.uint8)
+        np.savez(buffer, counts=counts, rest=tokens)
+        write_bytes(self.note, buffer.getvalue())
 
 
 def encode_batch(table: ByteTable, texts: list[str]) -> list[list[int]]:
@@ -313,28 +318,29 @@ def prepare(source: Source, out: Path, options: Options) -> dict:
 
     Raises UsageError for unusable text, OSError for a full or read-only disk.
     """
-    request = json.loads(json.dumps({**source.identity, "name": source.name, "options": asdict(options.check())}))
-    earlier = read_manifest(out)
-    if earlier.get("request") == request:
+    given_model = read_tokenizer(options.tokenizer) if options.tokenizer else b""
+    wanted = {**asdict(options.check()), "tokenizer": hashlib.sha256(given_model).hexdigest() if given_model else ""}
+    request = json.loads(json.dumps({**source.identity, "name": source.name, "options": wanted}))
+    if earlier := complete(out, request):
         print(f"{out} is complete already: {earlier['splits']['train']['tokens']:,} train tokens.")
         return earlier
     for left_behind in out.glob(".*.part"):  # by a process that was killed while writing
         left_behind.unlink()
     work = out / ".work"
     note = work / "request.json"
-    if not (note.exists() and json.loads(note.read_text("utf-8")) == request):
+    if not (note.exists() and json.loads(note.read_text("utf-8"))["request"] == request):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        write_bytes(note, json.dumps(request).encode())
+        kept = kept_threshold(out, source.name, options.validation_share)
+        write_bytes(note, json.dumps({"request": request, "threshold": kept}).encode())
+    kept = json.loads(note.read_text("utf-8"))["threshold"]
     spool = spool_documents(source, work / "spool.bin", options)
-    same_share = earlier.get("request", {}).get("options", {}).get("validation_share") == options.validation_share
-    kept = earlier.get("validation_threshold") if same_share and earlier.get("name") == source.name else None
     train, validation, dropped, threshold = split(spool, options.validation_share, kept)
     print(f"{train.size:,} train and {validation.size:,} validation documents; {dropped} train documents dropped "
           "that equal a validation document up to white space.")  # fmt: skip
     if options.shuffle:
         np.random.default_rng(options.shuffle).shuffle(train)
-    model = make_tokenizer(spool, train, work / "tokenizer.model", options)
+    model = given_model or make_tokenizer(spool, train, work / "tokenizer.model", options.vocab_size)
     table = ByteTable(model)
     if (out / "manifest.json").exists():
         (out / "manifest.json").unlink()  # from here on the shards are not those it describes
@@ -345,7 +351,7 @@ def prepare(source: Source, out: Path, options: Options) -> dict:
     write_bytes(out / "tokenizer.model", model)
     write_texts(spool, validation, out / "val.jsonl")
     manifest = {
-        "name": source.name, "fingerprint": spool.hexdigest()[:16], "attribution": source.attribution,
+        "name": source.name, "fingerprint": source.edition + spool.hexdigest()[:16], "attribution": source.attribution,
         "tokenizer": {
             "kind": "sentencepiece", "vocab_size": table.vocab_size, "sha256": hashlib.sha256(model).hexdigest(),
         },
@@ -354,16 +360,21 @@ def prepare(source: Source, out: Path, options: Options) -> dict:
     }  # fmt: skip
     write_bytes(out / "manifest.json", json.dumps(manifest, indent=1).encode())
     shutil.rmtree(work, ignore_errors=True)
+    used = {file for c in counts.values() for file in c.files}
+    for shard in [*out.glob("train_*.bin"), *out.glob("val_*.bin")]:
+        if shard.name not in used:  # of an earlier, longer preparation
+            shard.unlink()
     return manifest
 
 
-def read_manifest(out: Path) -> dict:
-    """The manifest of an earlier preparation, or nothing; a damaged one counts as nothing."""
+def kept_threshold(out: Path, name: str, share: float) -> int | None:
+    """The threshold that chose the validation documents of an earlier preparation of this corpus, if there was one."""
     try:
         manifest = json.loads((out / "manifest.json").read_text("utf-8"))
-        return manifest if isinstance(manifest, dict) else {}
-    except (OSError, ValueError):
-        return {}
+        same = manifest["name"] == name and manifest["request"]["options"]["validation_share"] == share
+        return manifest["validation_threshold"] if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def spool_documents(source: Source, path: Path, options: Options) -> Spool:
@@ -383,22 +394,20 @@ def spool_documents(source: Source, path: Path, options: Options) -> Spool:
             break
         if cut:  # pieces stand for themselves when there are too few documents to choose among
             print(f"Only {groups} documents: pieces of about {cut:,} characters are held out instead of documents.")
-            spool.key = spool.content
+            spool.key = spool.whole = spool.content
             break
     spool.save()
     return spool
 
 
-def make_tokenizer(spool: Spool, train: np.ndarray, path: Path, options: Options) -> bytes:
-    """The tokenizer asked for, or one trained on a sample of the train documents."""
-    if options.tokenizer:
-        return read_tokenizer(options.tokenizer)
+def make_tokenizer(spool: Spool, train: np.ndarray, path: Path, vocab_size: int) -> bytes:
+    """A tokenizer trained on a sample of the train documents, or the one an interrupted preparation trained."""
     if path.exists():
         return path.read_bytes()
     order = np.random.default_rng(0).permutation(train)
     sample = order[: int(np.searchsorted(np.cumsum(spool.length[order]), SAMPLE_BYTES)) + 1]
     with Stage("training the tokenizer", 0, ""):
-        model = train_tokenizer(spool.texts(sample), options.vocab_size)
+        model = train_tokenizer(spool.texts(sample), vocab_size)
     write_bytes(path, model)
     return model
 

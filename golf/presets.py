@@ -24,7 +24,7 @@ LAPTOP_SHAPE = Shape(width=128, heads=2, kv_heads=1, prelude=1, core=1, coda=1, 
 LAPTOP_RECIPE = Recipe(
     sequence_length=256, batch_tokens=8192, loader="lanes", matrix_rate=0.03, embed_rate=0.05, scalar_rate=0.03,
     momentum_warmup=0.1, warmdown=0.6, newton_schulz="polar-express", row_normalize=True, clip_norm=1.0,
-    loops_from=0.5,
+    loops_from=0.6,
 )  # fmt: skip
 
 PRESETS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -37,7 +38,7 @@ class Record:
     bytes_code: int = 0
     schema: int = SCHEMA
     status: str = "complete"
-    """complete, interrupted or crash."""
+    """complete, interrupted, crash, or invalid by the referee."""
     reason: str = ""
     preset: str = ""
     seed: int = 0
@@ -62,13 +63,15 @@ class Record:
     val_tokens: int | None = None
     val_bytes: int | None = None
     model_sha256: str = ""
+    record: str = ""
+    """Folder the run was written to."""
     config: dict = field(default_factory=dict)
     environment: dict = field(default_factory=dict)
     extra: dict = field(default_factory=dict)
 
     CLOSING = (
         "val_bpb", "val_loss", "bytes_code", "bytes_model", "bytes_total", "cap", "headroom", "steps", "tokens",
-        "tokens_per_second", "train_seconds", "eval_seconds",
+        "tokens_per_second", "train_seconds", "eval_seconds", "record",
     )  # fmt: skip
 
     def as_dict(self) -> dict:
@@ -82,7 +85,7 @@ class Record:
         values = {key: getattr(self, key) for key in self.CLOSING}
         if self.status != "complete":
             values["status"] = f"{self.status} ({self.reason})"
-        return {**values, "record": self.extra.get("folder", "")} if "folder" in self.extra else values
+        return values
 
 
 def check_types(values: dict, where: str) -> None:
@@ -91,6 +94,8 @@ def check_types(values: dict, where: str) -> None:
     for key, value in values.items():
         allowed = get_args(hints[key]) or (hints[key],)
         plain = tuple(float if t is float else t for t in allowed)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{where}: {key} is {value}, not a number.")
         fits = any(
             (value is None) if t is NoneType else type(value) in (int, float) if t is float else type(value) is t
             for t in plain
@@ -153,6 +158,11 @@ def create_folder(folder: Path) -> None:
         raise UsageError(f"--run.runs: {folder} cannot be written ({error.strerror}), give another folder.") from error
 
 
+def number(value: float | None) -> float | None:
+    """The value, or nothing when JSON has no word for it."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def from_run(
     folder: Path, config: Config, corpus: Corpus, result: object, unpacked: object | None, environment: dict
 ) -> Record:
@@ -170,9 +180,9 @@ def from_run(
         tokenizer_sha256=str(corpus.manifest["tokenizer"].get("sha256", "")),
         context=config.recipe.sequence_length, steps=result.steps, tokens=result.tokens,
         tokens_per_second=round(result.tokens / result.train_seconds, 1) if result.train_seconds else 0.0,
-        train_seconds=round(result.train_seconds, 3), train_loss=result.loss if result.steps else None,
-        unpacked_val_loss=unpacked.loss if unpacked else None, unpacked_val_bpb=unpacked.bpb if unpacked else None,
-        config=json.loads(json.dumps(asdict(config))), environment=environment, extra={"folder": str(folder)},
+        train_seconds=round(result.train_seconds, 3), train_loss=number(result.loss),
+        unpacked_val_loss=number(unpacked and unpacked.loss), unpacked_val_bpb=number(unpacked and unpacked.bpb),
+        config=json.loads(json.dumps(asdict(config))), environment=environment, record=str(folder),
     )  # fmt: skip
 
 
@@ -187,6 +197,10 @@ def judged(folder: Path, record: Record, data: Path) -> Record:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=alone, check=False)
     try:
         verdict = json.loads(done.stdout)
+        if "invalid" in verdict:
+            record = replace(record, status="invalid", reason=str(verdict["invalid"]))
+            write(folder, record)
+            return record
         record = replace(
             record, val_loss=verdict["val_loss"], val_bpb=verdict["val_bpb"], eval_seconds=verdict["eval_seconds"],
             val_tokens=verdict["val_tokens"], val_bytes=verdict["val_bytes"], model_sha256=verdict["model_sha256"],
@@ -202,14 +216,14 @@ def readme(folder: Path, record: Record) -> str:
     rows = "\n".join(f"| {key} | {value} |" for key, value in record.closing().items() if key != "record")
     shape, recipe = record.config.get("shape", {}), record.config.get("recipe", {})
     settings = "\n".join(f"| {key} | {value} |" for key, value in {**shape, **recipe}.items())
-    command = f"SEED={record.seed} python train_gpt.py {record.preset}"
+    command = f"SEED={record.seed} DATA_PATH=data/{record.corpus} python train_gpt.py {record.preset}"
     return (
         f"# {record.name}\n\n{record.blurb}. Track `{record.track}`, corpus `{record.corpus}` "
         f"({record.corpus_fingerprint}), seed {record.seed}, status {record.status}.\n\n"
         f"| result | value |\n|---|---|\n{rows}\n\n"
         f"Before packing: val_loss {record.unpacked_val_loss}, val_bpb {record.unpacked_val_bpb}.\n\n"
         f"From a checkout: `{command}` with the settings below; the packed model is scored by "
-        f"`python eval_bpb.py {folder.name}`.\n\n"
+        f"`python eval_bpb.py {folder}`.\n\n"
         f"| setting | value |\n|---|---|\n{settings}\n"
     )
 

@@ -48,6 +48,8 @@ class Source:
     """Validation documents given by the user, instead of a share chosen by hash."""
     size: int = 0
     """Bytes to read, where known, for the progress bar."""
+    edition: str = ""
+    """Put before the fingerprint where the text depends on the machine."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def builtin() -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     identity = {"source": "builtin", "python": platform.python_version()}
     licence = f"Python {platform.python_version()} standard library, PSF License Version 2."
-    return Source("builtin", lambda: read_library(root), identity, [licence])
+    edition = f"python{platform.python_version()}-"
+    return Source("builtin", lambda: read_library(root), identity, [licence], edition=edition)
 
 
 def read_library(root: Path) -> Iterator[Document]:
@@ -257,15 +260,16 @@ def read_file(path: Path) -> Iterator[Document]:
 
 def read_text(path: Path, stream: io.TextIOBase) -> Iterator[Document]:
     """A text file is one document, or several of about a million characters, cut at ends of lines."""
-    rest = ""
+    rest, first = "", ""
     while block := stream.read(BLOCK):
         rest += block
         if len(rest) >= BLOCK:
             cut = rest.rfind("\n", BLOCK // 2) + 1 or len(rest)
-            yield Document(rest[:cut], key=str(path))
+            first = first or rest[:cut]
+            yield Document(rest[:cut], key=first)  # all pieces of a file go where its first one goes
             rest = rest[cut:]
     if rest:
-        yield Document(rest, key=str(path))
+        yield Document(rest, key=first)
 
 
 def read_lines(path: Path, stream: io.TextIOBase) -> Iterator[Document]:
@@ -305,8 +309,8 @@ def hugging_face(
                 text = row[text_column]
                 if not isinstance(text, str):
                     raise UsageError(f"--text-column {text_column}: the column does not hold text.")
-                yield Document(text, str(row.get(topic_column, "")) if topic_column else "")
                 total += len(text.encode())
+                yield Document(text, str(row.get(topic_column, "")) if topic_column else "")
                 if total >= max_bytes:
                     return
         except (OSError, ValueError, RuntimeError) as error:

@@ -74,10 +74,12 @@ def test_the_table_sets_claims_beside_predictions():
 
 def test_commands_that_need_no_torch_do_not_import_it():
     heavy = {"torch", "datasets", "scipy", "matplotlib"}
-    for words in (["budget.py", "baseline"], ["budget.py", "table"], ["artifact.py", "--help"], ["train_gpt.py", "--help"],
-                  ["train_gpt.py", "laptop", "--help"], ["eval_bpb.py", "--help"], ["record.py", "--help"],
-                  ["-m", "golf.prepare", "--help"], ["artifact.py", "check", "golf"]):  # fmt: skip
-        done = run("-X", "importtime", *words)
+    commands = (
+        "budget.py baseline", "budget.py table", "artifact.py --help", "train_gpt.py --help", "record.py --help",
+        "train_gpt.py laptop --help", "eval_bpb.py --help", "-m golf.prepare --help", "artifact.py check golf",
+    )  # fmt: skip
+    for words in commands:
+        done = run("-X", "importtime", *words.split())
         imported = {
             line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")
         }
@@ -86,11 +88,12 @@ def test_commands_that_need_no_torch_do_not_import_it():
 
 
 def test_mistakes_are_one_sentence():
-    for words, said in (
-        (["nothing"], "baseline"), (["laptop", "--machine", "TPU"], "--machine TPU"), (["laptop", "--machine"], "--machine"),
-        (["laptop", "--shape.width", "100"], "--shape."), ([], "Missing"),
-    ):  # fmt: skip
-        done = run("budget.py", *words)
+    cases = {
+        "nothing": "baseline", "laptop --machine TPU": "--machine TPU", "laptop --machine": "--machine",
+        "laptop --shape.width 101": "--shape.width 101", "": "Missing",
+    }  # fmt: skip
+    for words, said in cases.items():
+        done = run("budget.py", *words.split())
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, (words, done.stderr)
 
 

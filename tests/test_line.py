@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,9 @@ def test_unpack_and_pack_give_the_same_artifact(trained, tmp_path):
     assert run("artifact.py", "pack", weights, small, "--matrix-bits", 4, "--embed-bits", 4).returncode == 0
     assert small.stat().st_size < again.stat().st_size
     before = again.read_bytes()
+    nowhere = tmp_path / "no" / "such" / "w.safetensors"
     for words in (
+        ["unpack", folder / "model.bin", nowhere],
         ["pack", folder / "model.bin", again],
         ["unpack", weights, again],
         ["pack", weights, again, "--matrix-bits", 9],
@@ -171,12 +174,56 @@ def test_two_ranks_train_like_one(corpus, tmp_path):
         "divided",
     ]
     alone = run("train_gpt.py", *flags, "--run.runs", tmp_path / "1")
-    pair = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py", *flags,
-               "--run.runs", tmp_path / "2")  # fmt: skip
+    pair = launch(2, *flags, "--run.runs", tmp_path / "2")
     assert alone.returncode == 0 and pair.returncode == 0, pair.stderr
     losses = [[r["loss"] for r in rows(only(tmp_path / n), "step")] for n in ("1", "2")]
     assert len(losses[0]) == 20
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def launch(ranks: int, *words: object) -> subprocess.CompletedProcess:
+    return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train_gpt.py", *words)
+
+
+def test_two_ranks_stop_together_at_the_cap_and_rank_zero_finishes(corpus, tmp_path):
+    done = launch(2, "smoke", *TINY, "--run.cap", 4, "--run.data", corpus, "--run.runs", tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((only(tmp_path) / "submission.json").read_text())
+    assert record["status"] == "complete" and 2.5 < record["train_seconds"] <= 4.0 and record["val_bpb"] > 0
+
+
+def test_two_ranks_crash_together_and_rank_zero_writes_the_record(corpus, tmp_path):
+    flags = ["--run.max-steps", 50, "--recipe.embed-rate", "1e25", "--recipe.clip-norm", 0, "--run.data", corpus]
+    done = launch(2, "smoke", *TINY, *flags, "--run.runs", tmp_path)
+    assert done.returncode == 1
+    assert json.loads((only(tmp_path) / "submission.json").read_text())["status"] == "crash"
+
+
+def test_warm_up_restores_everything(corpus):
+    import torch
+
+    from golf.config import Recipe
+    from golf.machine import Machine, accumulate, warm_up
+    from golf.model import RecurrentGPT
+    from golf.muon import Optimizers
+    from golf.presets import PRESETS
+
+    shape = replace(PRESETS["smoke"].shape, vocab_size=64, width=16, heads=2, kv_heads=1)
+    config = replace(PRESETS["smoke"], shape=shape, recipe=Recipe(sequence_length=8, batch_tokens=32, loops_from=0.5))
+    machine = Machine(torch.device("cpu"), torch.float32, "none")
+    tokens = torch.arange(40).numpy() % 64
+    after = []
+    for warm in (False, True):
+        model = RecurrentGPT(shape).initialize(config.recipe, 3)
+        optimizers = Optimizers(model, config.recipe)
+        if warm:
+            assert warm_up(model, optimizers, config, machine, 4)
+        for _ in range(3):
+            optimizers.zero_grad()
+            accumulate(model, [(tokens[:32].reshape(4, 8), tokens[1:33].reshape(4, 8))], machine, 3)
+            optimizers.step(0.1)
+        after.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
 
 
 def test_micro_batches_train_like_the_whole_batch(corpus, tmp_path):
@@ -280,6 +327,9 @@ BAD_FLAGS = {
     "--run.cap 1000": "--run.cap 1000",
     "--run.device tpu": "--run.device",
     "--recipe.warmdown 3": "--recipe.warmdown 3",
+    "--shape.mlp-ratio nan": "--shape.mlp-ratio nan",
+    "--recipe.adam-beta1 2": "--recipe.adam-beta1 2",
+    "--shape.loops 100000": "--shape.loops",
 }
 
 
@@ -287,12 +337,22 @@ BAD_FLAGS = {
 def test_mistakes_are_one_sentence_before_any_time_is_spent(corpus, tmp_path, flags, monkeypatch, capsys):
     words = ["train_gpt.py", "smoke", *TINY, "--run.data", str(corpus), "--run.runs", str(tmp_path), *flags.split()]
     monkeypatch.setattr(sys, "argv", words)
-    began = time.monotonic()
     assert run_script(train_gpt.main) == 2
     said = capsys.readouterr().err
     assert BAD_FLAGS[flags] in said and said.count("\n") == 1, said
-    assert time.monotonic() - began < 5
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_cpp_compiler_nothing_is_compiled_and_it_is_said(corpus, tmp_path, monkeypatch, capsys):
+    from golf.machine import set_up
+    from golf.presets import PRESETS
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    auto = replace(PRESETS["smoke"], run=replace(PRESETS["smoke"].run, device="cpu", dtype="float32"))
+    machine = set_up(auto)
+    assert machine.compile == "none" and any("C++ compiler" in note for note in machine.notes)
+    with pytest.raises(UsageError, match="--run.compile block"):
+        set_up(replace(auto, run=replace(auto.run, compile="block")))
 
 
 def test_a_cuda_request_without_cuda_is_refused(corpus, tmp_path, monkeypatch, capsys):
@@ -363,8 +423,9 @@ def test_environment_gives_seed_and_data(corpus, tmp_path):
     assert done.returncode == 0, done.stderr
     start = rows(only(tmp_path))[0]
     assert start["config"]["run"]["seed"] == 7 and start["config"]["run"]["data"] == str(corpus)
-    refused = run("train_gpt.py", *flags, SEED="seven", DATA_PATH=str(corpus))
-    assert refused.returncode == 2 and "SEED" in refused.stderr
+    for words in (flags, ["--help"]):
+        refused = run("train_gpt.py", *words, SEED="seven", DATA_PATH=str(corpus))
+        assert refused.returncode == 2 and "SEED" in refused.stderr and refused.stderr.count("\n") == 1
 
 
 def test_a_full_disk_at_the_artifact_is_one_sentence_and_keeps_the_log(corpus, tmp_path):

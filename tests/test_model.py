@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from golf.config import Recipe, Shape
-from golf.model import RecurrentGPT, role_of
+from golf.machine import compile_model, missing_for_compile
+from golf.model import RecurrentGPT, causal_attention, role_of
 
 SHAPE = Shape(vocab_size=97, width=32, heads=4, kv_heads=2, prelude=1, core=2, coda=1, loops=3)
 
@@ -61,7 +62,10 @@ def reference(model: RecurrentGPT, tokens: torch.Tensor, loops: int) -> torch.Te
     x = x0 = rms(model.embedding[tokens])
     pushed = []
     for layer, block in enumerate(order):
-        row = layer if shape.pass_scalars else block
+        row = block
+        if shape.pass_scalars and block >= shape.prelude:  # the row of a block and pass, loops or not
+            last = block >= shape.prelude + shape.core
+            row = block + (shape.loops - 1 if last else order[:layer].count(block)) * shape.core
         if shape.skips and layer < len(order) // 2:
             push = True
         else:
@@ -78,12 +82,10 @@ def reference(model: RecurrentGPT, tokens: torch.Tensor, loops: int) -> torch.Te
     return shape.softcap * torch.tanh(logits / shape.softcap)
 
 
-@pytest.mark.parametrize("loops", [1, 3])
+@pytest.mark.parametrize("loops", [1, 2, 3])
 @pytest.mark.parametrize("pass_scalars", [False, True])
 @pytest.mark.parametrize("skips", [True, False])
 def test_logits_equal_the_reference(loops, pass_scalars, skips):
-    if pass_scalars and loops == 1:
-        pytest.skip("scalars for each pass belong to the shape's own loops")
     model = randomized(replace(SHAPE, pass_scalars=pass_scalars, skips=skips))
     tokens = torch.randint(0, 97, (7,), generator=torch.Generator().manual_seed(3))
     ours = model(tokens[None], dtype=torch.float64, loops=loops)[0]
@@ -160,7 +162,57 @@ def test_a_parameter_without_a_role_is_refused_by_name():
         model.initialize(Recipe(), 0)
 
 
-def test_compiled_block_is_the_same_for_every_loop_count():
-    model = RecurrentGPT(SHAPE).initialize(Recipe(), 0)
-    assert len({id(block.query) for block in model.blocks}) == SHAPE.unique_layers
-    assert sum(p.numel() for p in model.parameters()) == replace(SHAPE, loops=2).parameter_count
+@pytest.mark.parametrize("loops", [2, 3, 4])
+def test_every_shape_runs_at_every_number_of_loops(loops):
+    tokens = torch.randint(0, 97, (1, 5), generator=torch.Generator().manual_seed(2))
+    for prelude, core, coda in ((3, 3, 5), (0, 1, 0), (5, 1, 0), (1, 2, 0)):
+        for pass_scalars in (False, True):
+            shape = replace(SHAPE, prelude=prelude, core=core, coda=coda, loops=loops, pass_scalars=pass_scalars)
+            model = randomized(shape)
+            for n in (1, 2, 3, 5):
+                assert model(tokens, dtype=torch.float64, loops=n).isfinite().all()
+
+
+@pytest.mark.skipif(bool(missing_for_compile()), reason="nothing to compile with")
+@pytest.mark.parametrize("length", [64, 200])
+def test_short_rows_attend_alike_compiled_and_not(length):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, length, 16, generator=generator).bfloat16().requires_grad_() for heads in (4, 2, 2)
+    )
+    torch._dynamo.reset()
+    results = []
+    for attend in (torch.compile(causal_attention, fullgraph=True), causal_attention):
+        y = attend(q, k, v)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))])
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0.05, atol=0.05)
+    assert (results[0][0] - exact).abs().mean() <= 1.2 * (results[1][0] - exact).abs().mean()
+
+
+def test_more_loops_add_no_parameters():
+    assert SHAPE.parameter_count == replace(SHAPE, loops=2).parameter_count == replace(SHAPE, loops=9).parameter_count
+
+
+@pytest.mark.skipif(bool(missing_for_compile()), reason="nothing to compile with")
+@pytest.mark.parametrize("mode", ["block", "model"])
+def test_compiled_losses_and_gradients_are_the_eager_ones(mode):
+    tokens = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(2))
+    found = []
+    for compiled in ("none", mode):
+        torch._dynamo.reset()
+        model = RecurrentGPT(SHAPE).initialize(Recipe(), 0)
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        compile_model(model, compiled)
+        losses = []
+        for loops in (1, 3):
+            loss = model(tokens[:, :-1], tokens[:, 1:], loops=loops)
+            loss.backward()
+            losses.append(loss.item())
+        found.append((losses, [p.grad.clone() for p in model.parameters()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for eager, compiled in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)

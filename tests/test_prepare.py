@@ -43,7 +43,8 @@ def test_builtin_holds_code_and_prose_of_the_running_python(library_texts):
     assert {d.topic for d in library_texts} == {"code", "prose"}
     assert any("def " in d.text for d in library_texts if d.topic == "code")
     source = sources.builtin()
-    assert source.identity["python"] == ".".join(map(str, sys.version_info[:3]))
+    version = ".".join(map(str, sys.version_info[:3]))
+    assert source.identity["python"] == version and version in source.edition
 
 
 def test_prepared_text_is_the_text(corpus, library_texts):
@@ -100,6 +101,26 @@ def test_equal_documents_never_sit_on_both_sides(tmp_path, library_texts, capsys
     assert "2 train documents dropped" in capsys.readouterr().out
     assert texts_of(tmp_path / "given", "val") == [texts[3] + "  ", texts[7]]
     assert texts[7] not in texts_of(tmp_path / "given", "train")
+
+
+def test_a_document_that_is_cut_is_dropped_when_it_is_given_for_validation(tmp_path, library_texts):
+    texts = [d.text for d in library_texts[:100]]
+    long = max(texts, key=len)
+    assert len(long) > 3000
+    options = prepare.Options(vocab_size=512, cut=1000)
+    manifest = prepare.prepare(source_of(texts, validation=[long, texts[0]]), tmp_path, options)
+    assert manifest["dropped"] >= len(long) // 1500
+    assert not any(t in long for t in texts_of(tmp_path, "train"))
+    assert long in texts_of(tmp_path, "val")
+
+
+def test_validation_never_exceeds_three_megabytes(tmp_path, library_texts):
+    words = [w for d in library_texts[:40] for w in d.text.split()]
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(words, k=3000)) for _ in range(500)]  # about 10 MB
+    prepare.prepare(source_of(texts), tmp_path, prepare.Options(vocab_size=512, validation_share=0.45))
+    held_out = Corpus(tmp_path).manifest["splits"]["val"]["bytes"]
+    assert 2_900_000 < held_out <= 3_000_000
 
 
 def test_few_long_documents_are_cut_and_lose_nothing(tmp_path, library_texts):
@@ -203,6 +224,66 @@ def test_an_interrupted_preparation_continues_and_gives_the_same_shards(tmp_path
     assert not [p for p in broken.iterdir() if p.suffix == ".part"]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_disk_that_fills_at_any_write_loses_nothing(tmp_path, library_texts, monkeypatch, again):
+    """The n-th write fails, for every n; the next try must give what an untroubled preparation gives."""
+    import golf.data
+
+    texts = [d.text for d in library_texts]
+    options = prepare.Options(vocab_size=512, shard_tokens=40_000)
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 150_000)
+    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 300_000)
+    real = golf.data.write_bytes
+    left = [10**9]
+
+    def failing(path: Path, *parts: bytes) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(28, "No space left on device", str(path))
+        real(path, *parts)
+
+    monkeypatch.setattr(golf.data, "write_bytes", failing)
+    monkeypatch.setattr(prepare, "write_bytes", failing)
+
+    def fresh(name: str) -> Path:
+        out = tmp_path / name
+        if again:  # a folder that an earlier preparation of fewer documents left
+            prepare.prepare(source_of(texts[:150]), out, options)
+        return out
+
+    def contents(out: Path) -> dict[str, bytes]:
+        used = ["manifest.json", "tokenizer.model", "val.jsonl", *Corpus(out).files["train"], *Corpus(out).files["val"]]
+        return {name: (out / name).read_bytes() for name in used}
+
+    expected = fresh("straight")
+    left[0] = 10**9
+    prepare.prepare(source_of(texts), expected, options)
+    writes = 10**9 - left[0]
+    assert writes > 12
+    for n in range(1, writes + 1):
+        out = fresh(f"broken{n}")
+        left[0] = n
+        with pytest.raises(OSError, match="No space"):
+            prepare.prepare(source_of(texts), out, options)
+        left[0] = 10**9
+        prepare.prepare(source_of(texts), out, options)
+        assert contents(out) == contents(expected), n
+
+
+def test_a_damaged_corpus_is_prepared_again(tmp_path, library_texts, capsys):
+    source = source_of([d.text for d in library_texts[:120]])
+    prepare.prepare(source, tmp_path, prepare.Options(vocab_size=512))
+    shard = tmp_path / "train_000000.bin"
+    whole = shard.read_bytes()
+    capsys.readouterr()
+    prepare.prepare(source, tmp_path, prepare.Options(vocab_size=512))
+    assert "complete already" in capsys.readouterr().out
+    shard.write_bytes(whole[:-10])
+    prepare.prepare(source, tmp_path, prepare.Options(vocab_size=512))
+    assert "complete already" not in capsys.readouterr().out
+    assert shard.read_bytes() == whole
+
+
 def test_cut_pieces_are_the_text():
     rng = random.Random(1)
     for _ in range(50):
@@ -251,7 +332,9 @@ def hub(corpus, tmp_path):
         write_shard(tmp_path / "shard.bin", np.array(part))
         files[f"datasets/datasets/fineweb10B_sp1024/fineweb_{name}.bin"] = (tmp_path / "shard.bin").read_bytes()
     files["datasets/manifest.json"] = json.dumps({
-        "datasets": [{"name": "fineweb10B_sp1024", "tokenizer_name": "sp", "stats": {"files_train": 2, "files_val": 1}}],
+        "datasets": [
+            {"name": "fineweb10B_sp1024", "tokenizer_name": "sp", "stats": {"files_train": 2, "files_val": 1}},
+        ],
         "tokenizers": [{"name": "sp", "model_path": "tokenizers/fineweb_1024_bpe.model"}],
     }).encode()  # fmt: skip
     Hub.files = files

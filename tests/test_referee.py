@@ -136,8 +136,25 @@ FAILURES = {
     "not finite": ("return np.full((*tokens.shape, 512), np.nan, dtype=np.float32)", "not finite"),
     "certain of everything": ("return np.zeros((*tokens.shape, 512), dtype=np.float32)", "sum to 512"),
     "positive": ("return np.full((*tokens.shape, 512), 3.0, dtype=np.float32)", "above 0"),
-    "talks over the pipe": ("print('x' * 10_000_000); raise SystemExit(1)", "SystemExit"),
-}
+    "prints and leaves": ("print('x' * 10_000_000); raise SystemExit(1)", "SystemExit"),
+    "certain before the end": (
+        "out = np.full((*tokens.shape, 512), -np.log(512), dtype=np.float32); out[:, :-1] = 0; return out",
+        "sum to 512",
+    ),
+    "not a number beside the target": (
+        "out = np.full((*tokens.shape, 512), -np.log(512), dtype=np.float32); out[:, :, 0] = np.nan; return out",
+        "sum to nan|not finite",
+    ),
+    "cuts its answers short": (
+        "import os; [os.ftruncate(f, 8) for f in range(3, 30) if os.path.exists(f'/proc/self/fd/{f}') "
+        "and 'golf' in os.readlink(f'/proc/self/fd/{f}')]; return np.zeros((*tokens.shape, 512), dtype=np.float32)",
+        "sum to|short|exit code|failed",
+    ),
+    "speaks for itself": (
+        "import os, sys; os.write(int(sys.argv[3]), b'[1, 2]\\n'); import time; time.sleep(9)", "answered",
+    ),
+    "floods the pipe": ("import os, sys; os.write(int(sys.argv[3]), b'x' * (2 << 20)); return None", "short message"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -155,6 +172,26 @@ def test_a_scorer_that_hangs_is_stopped_at_the_cap(tmp_path, corpus):
     with pytest.raises(eval_bpb.Invalid, match="evaluation cap"), eval_bpb.Host(folder, limits):
         pass
     assert limits.used < 10
+
+
+def test_what_a_scorer_starts_ends_with_it(tmp_path, corpus):
+    source = UNIFORM.replace(
+        "return Scorer()",
+        f"import subprocess; p = subprocess.Popen(['sleep', '300']); "
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); return Scorer()",
+    )
+    eval_bpb.judge(submission(tmp_path / "parent", corpus, source), corpus)
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
+    assert not status.exists() or "(zombie)" in status.read_text()
+
+
+def test_the_scorers_tokenizer_is_the_referees(tmp_path, corpus):
+    source = UNIFORM.replace(
+        "return Scorer()", "assert len(open(folder + '/tokenizer.model', 'rb').read()) < 10**6; return Scorer()"
+    )
+    folder = submission(tmp_path / "stuffed", corpus, source)
+    (folder / "tokenizer.model").write_bytes(bytes(10**7))  # weights where nothing is counted
+    assert eval_bpb.judge(folder, corpus)["val_tokens"] > 0
 
 
 def test_no_temporary_files_stay(tmp_path, corpus, monkeypatch):
