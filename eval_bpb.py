@@ -92,7 +92,7 @@ class Host:
         environment = {k: os.environ[k] for k in kept if k in os.environ} | {"HOME": copy}
         passed = (request_read, answer_write, self.tokens.fileno(), self.answers.fileno())
         self.process = subprocess.Popen(
-            [sys.executable, "-I", str(HOST), copy, *map(str, passed)], stdin=subprocess.DEVNULL,
+            [sys.executable, "-I", "-B", str(HOST), copy, *map(str, passed)], stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=copy, env=environment, pass_fds=passed,
             start_new_session=True,
         )  # fmt: skip

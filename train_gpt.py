@@ -265,8 +265,6 @@ def main() -> int:
                     torch.cuda.empty_cache()
                 record = records.judged(folder, record, Path(config.run.data))
             log.close_with(record)
-    if machine.world > 1:
-        dist.destroy_process_group()
     if machine.rank > 0:
         return 0  # a launcher ends all ranks when one fails, and rank 0 may still be writing
     return {"complete": 0, "interrupted": 130}.get(record.status, 1)
@@ -275,4 +273,10 @@ def main() -> int:
 if __name__ == "__main__":
     from golf.console import run_script
 
-    sys.exit(run_script(main))
+    code = run_script(main)
+    if dist.is_initialized():
+        # Ranks end at different times, and gloo's threads abort a process that unwinds after its peers have gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -90,7 +90,7 @@ def test_commands_that_need_no_torch_do_not_import_it():
 def test_mistakes_are_one_sentence():
     cases = {
         "nothing": "baseline", "laptop --machine TPU": "--machine TPU", "laptop --machine": "--machine",
-        "laptop --shape.width 101": "--shape.width 101", "": "Missing",
+        "laptop --shape.width 101": "--shape.width 101", "": "Expected one of",
     }  # fmt: skip
     for words, said in cases.items():
         done = run("budget.py", *words.split())

@@ -58,10 +58,11 @@ def test_readme_commands_name_real_things():
     assert {"demo", "test"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
-    for script, preset in re.findall(r"(train_gpt|budget)\.py ([\w-]+)", text):
+    for script, preset in re.findall(r"python (train_gpt|budget)\.py (\w[\w-]*)", text):
         assert preset in PRESETS or (script == "budget" and preset in ("table", "measure")) or preset.isupper(), preset
     for name in re.findall(r"`(golf/\w+\.py|\w+\.py)`", text):
         assert (ROOT / name).exists(), name
+    assert not re.search(r"\b[A-Z]+_(BLOCK|TABLE)\b", text), "a placeholder"
 
 
 def test_the_repository_holds_no_large_files_and_no_data():

@@ -188,7 +188,7 @@ def test_short_rows_attend_alike_compiled_and_not(length):
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=0.05, atol=0.05)
-    assert (results[0][0] - exact).abs().mean() <= 1.2 * (results[1][0] - exact).abs().mean()
+    assert (results[0][0] - exact).abs().mean() <= 2 * (results[1][0] - exact).abs().mean()
 
 
 def test_more_loops_add_no_parameters():
@@ -196,7 +196,7 @@ def test_more_loops_add_no_parameters():
 
 
 @pytest.mark.skipif(bool(missing_for_compile()), reason="nothing to compile with")
-@pytest.mark.parametrize("mode", ["block", "model"])
+@pytest.mark.parametrize("mode", ["block", pytest.param("model", marks=pytest.mark.slow)])
 def test_compiled_losses_and_gradients_are_the_eager_ones(mode):
     tokens = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(2))
     found = []

@@ -169,7 +169,7 @@ def test_a_scorer_that_hangs_is_stopped_at_the_cap(tmp_path, corpus):
     source = UNIFORM.replace("return Scorer()", "import time; time.sleep(600)")
     folder = submission(tmp_path / "slow", corpus, source)
     limits = eval_bpb.Limits(1.5)
-    with pytest.raises(eval_bpb.Invalid, match="evaluation cap"), eval_bpb.Host(folder, limits):
+    with pytest.raises(eval_bpb.Invalid, match="evaluation cap"), eval_bpb.Host(folder, b"", limits):
         pass
     assert limits.used < 10
 
