@@ -33,6 +33,8 @@ class Rates:
     """For each token x effective layer x channel: normalisation, residuals and other element-wise traffic."""
     per_logit: float = 0.0
     """For each token x vocabulary piece."""
+    per_score: float = 0.0
+    """For each token x effective layer x head x key it attends to: what small heads cost beyond their FLOPs."""
     memory_gb: float = 0.0
     source: str = ""
 
@@ -95,17 +97,22 @@ def forward_flops(config: Config, loops: int | None = None) -> int:
     return len(shape.order(loops)) * (layer + attention) + 2 * shape.width * shape.vocab_size
 
 
-def step_work(config: Config, loops: int | None = None) -> tuple[int, int, int]:
-    """FLOPs, elements and logits of one training step."""
+def step_work(config: Config, loops: int | None = None) -> tuple[int, int, int, int]:
+    """FLOPs, elements, logits and attention scores of one training step."""
     tokens, shape = config.recipe.batch_tokens, config.shape
-    elements = len(shape.order(loops)) * shape.width
-    return tokens * 3 * forward_flops(config, loops), tokens * elements, tokens * shape.vocab_size
+    layers = len(shape.order(loops))
+    scores = layers * shape.heads * config.recipe.sequence_length // 2
+    return (
+        tokens * 3 * forward_flops(config, loops), tokens * layers * shape.width, tokens * shape.vocab_size,
+        tokens * scores,
+    )  # fmt: skip
 
 
 def step_seconds(config: Config, rates: Rates, loops: int | None = None) -> float:
     """Predicted seconds of one training step."""
-    flops, elements, logits = step_work(config, loops)
-    return flops * rates.per_flop + elements * rates.per_element + logits * rates.per_logit
+    flops, elements, logits, scores = step_work(config, loops)
+    spent = flops * rates.per_flop + elements * rates.per_element
+    return spent + logits * rates.per_logit + scores * rates.per_score
 
 
 def steps_in_cap(config: Config, rates: Rates) -> int:

@@ -20,7 +20,7 @@ def seed_table(name: str, width: int, unique: int, loops: int, bits: int) -> Con
     return Config(name, "contest", shape, Recipe(shared_rate="divided"))
 
 
-LAPTOP_SHAPE = Shape(width=128, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3, matrix_bits=6, embed_bits=6)
+LAPTOP_SHAPE = Shape(width=128, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3, matrix_bits=6, embed_bits=7)
 LAPTOP_RECIPE = Recipe(
     sequence_length=256, batch_tokens=8192, loader="lanes", matrix_rate=0.03, embed_rate=0.05, scalar_rate=0.03,
     momentum_warmup=0.1, warmdown=1.0, newton_schulz="polar-express", row_normalize=True, clip_norm=1.0,
@@ -73,7 +73,7 @@ PRESETS = {
         ),
         Config(
             "smoke", "smoke",
-            Shape(width=96, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3, matrix_bits=6, embed_bits=6),
+            Shape(width=96, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3),
             replace(LAPTOP_RECIPE, batch_tokens=4096),
         ),
     )

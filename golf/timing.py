@@ -67,12 +67,15 @@ def measure_machine() -> dict:
     }  # fmt: skip
 
 
-def fit(samples: list[tuple[float, float, float, float]]) -> list[float]:
-    """Non-negative seconds a FLOP, an element and a logit that explain the steps best, relative to each step."""
+def fit(samples: list[tuple[float, ...]]) -> list[float]:
+    """Non-negative seconds for each unit of work that explain the steps best, relative to each step.
+
+    A sample is the step's amounts of work and then its seconds.
+    """
     from scipy.optimize import nnls
 
     rows = np.array(samples)
-    work, seconds = rows[:, :3], rows[:, 3:]
+    work, seconds = rows[:, :-1], rows[:, -1:]
     scale = work.max(axis=0)
     solution, _ = nnls(work / scale / seconds, np.ones(len(rows)))
     return [float(v) for v in solution / scale]

@@ -9,7 +9,7 @@ from conftest import ROOT, run
 
 import budget
 from golf import bundle, codec
-from golf.config import Config, Shape
+from golf.config import Config, Shape, UsageError
 from golf.presets import PRESETS
 
 
@@ -115,3 +115,28 @@ def test_memory_grows_with_the_micro_batch():
     assert small < 24e9
     assert budget.training_memory(PRESETS["baseline"], 8) == pytest.approx(10_184 * 2**20, rel=0.15)
     assert math.isclose(budget.training_memory(PRESETS["record"], 8), 41_717 * 2**20, rel_tol=0.15)
+
+
+def test_the_fit_recovers_the_rates_that_made_the_steps():
+    from golf import timing
+
+    rates = budget.Rates(3e-12, 4e-9, 2e-9, 5e-10)
+    configs = [PRESETS[n] for n in ("laptop", "laptop_flat", "smoke", "laptop_naive", "gpu24gb")]
+    fitted = timing.fit([(*budget.step_work(c), budget.step_seconds(c, rates)) for c in configs])
+    for config in configs:
+        predicted = budget.step_seconds(config, budget.Rates(*fitted))
+        assert predicted == pytest.approx(budget.step_seconds(config, rates), rel=1e-3)
+
+
+def test_a_measured_machine_is_used_and_a_damaged_one_is_refused(tmp_path, monkeypatch):
+    rates = {"per_flop": 3e-12, "per_element": 4e-9, "per_logit": 2e-9, "per_score": 0.0, "memory_gb": 1, "source": "x"}
+    monkeypatch.setattr(budget, "MEASURED", tmp_path / "machine.json")
+    with pytest.raises(UsageError, match="budget.py measure"):
+        budget.plan(PRESETS["laptop"], "this")
+    budget.MEASURED.write_text(json.dumps({"rates": {"fast": rates, "float32": {**rates, "per_flop": 6e-12}}}))
+    fast, slow = (budget.plan(PRESETS[n], "this")["step_ms"] for n in ("laptop", "laptop_naive"))
+    assert fast == pytest.approx(1e3 * budget.step_seconds(PRESETS["laptop"], budget.Rates(**rates)), abs=0.01)
+    assert slow > 1e3 * budget.step_seconds(PRESETS["laptop_naive"], budget.Rates(**rates))
+    budget.MEASURED.write_text('{"rates": {}}')
+    with pytest.raises(UsageError, match="damaged"):
+        budget.plan(PRESETS["laptop"], "this")
