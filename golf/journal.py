@@ -30,7 +30,7 @@ def git_state() -> dict:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = ask("rev-parse", "HEAD")
-    return {"commit": commit, "dirty": bool(ask("status", "--porcelain"))} if commit else {}
+    return {"commit": commit, "dirty": bool(ask("status", "--porcelain", "--", ".", ":!runs"))} if commit else {}
 
 
 def processor() -> str:

@@ -65,6 +65,14 @@ def test_readme_commands_name_real_things():
     assert not re.search(r"\b[A-Z]+_(BLOCK|TABLE)\b", text), "a placeholder"
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    import sys
+
+    command = f"{sys.executable} budget.py table | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
 def test_the_repository_holds_no_large_files_and_no_data():
     done = subprocess.run(["git", "ls-files", "-s", "-z"], cwd=ROOT, capture_output=True, check=False)
     if done.returncode:
