@@ -18,7 +18,7 @@ import pytest
 import zstandard
 from conftest import ROOT, run
 
-from golf import prepare, sources
+from golf import prepare, sources, spool
 from golf.bpb import ByteTable, documents
 from golf.config import UsageError
 from golf.data import Corpus, read_shard, write_shard
@@ -110,7 +110,7 @@ def test_a_document_that_is_cut_is_dropped_when_it_is_given_for_validation(tmp_p
     options = prepare.Options(vocab_size=512, cut=1000)
     manifest = prepare.prepare(source_of(texts, validation=[long, texts[0]]), tmp_path, options)
     assert manifest["dropped"] >= len(long) // 1500
-    assert not set(prepare.cut_pieces(long, 1000)) & set(texts_of(tmp_path, "train"))
+    assert not set(spool.cut_pieces(long, 1000)) & set(texts_of(tmp_path, "train"))
     assert long in texts_of(tmp_path, "val")
 
 
@@ -233,7 +233,7 @@ def test_a_disk_that_fills_at_any_write_loses_nothing(tmp_path, library_texts, m
     options = prepare.Options(vocab_size=400, shard_tokens=60_000)
     monkeypatch.setattr(prepare, "BATCH_BYTES", 60_000)
     monkeypatch.setattr(prepare, "SAMPLE_BYTES", 60_000)
-    monkeypatch.setattr(prepare, "VALIDATION_LEAST", 50_000)
+    monkeypatch.setattr(spool, "VALIDATION_LEAST", 50_000)
     real = golf.data.write_bytes
     left = [10**9]
 
@@ -245,6 +245,7 @@ def test_a_disk_that_fills_at_any_write_loses_nothing(tmp_path, library_texts, m
 
     monkeypatch.setattr(golf.data, "write_bytes", failing)
     monkeypatch.setattr(prepare, "write_bytes", failing)
+    monkeypatch.setattr(spool, "write_bytes", failing)
 
     def fresh(name: str) -> Path:
         out = tmp_path / name
@@ -289,7 +290,7 @@ def test_cut_pieces_are_the_text():
     rng = random.Random(1)
     for _ in range(50):
         text = "".join(rng.choices("ab \n", k=rng.randrange(0, 5000)))
-        assert "".join(prepare.cut_pieces(text, 100)) == text
+        assert "".join(spool.cut_pieces(text, 100)) == text
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
