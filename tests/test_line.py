@@ -333,6 +333,15 @@ BAD_FLAGS = {
 }
 
 
+def refusal(monkeypatch, capsys, data: Path, runs: Path, *flags: str) -> str:
+    """What the training command says when it refuses to start: one sentence, exit 2."""
+    monkeypatch.setattr(
+        sys, "argv", ["train_gpt.py", "smoke", *TINY, "--run.data", str(data), "--run.runs", str(runs), *flags]
+    )
+    assert run_script(train_gpt.main) == 2
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_mistakes_are_one_sentence_before_any_time_is_spent(corpus, tmp_path, flags, monkeypatch, capsys):
     words = ["train_gpt.py", "smoke", *TINY, "--run.data", str(corpus), "--run.runs", str(tmp_path), *flags.split()]
@@ -360,20 +369,7 @@ def test_a_cuda_request_without_cuda_is_refused(corpus, tmp_path, monkeypatch, c
 
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    words = [
-        "train_gpt.py",
-        "smoke",
-        *TINY,
-        "--run.data",
-        str(corpus),
-        "--run.runs",
-        str(tmp_path),
-        "--run.device",
-        "cuda",
-    ]
-    monkeypatch.setattr(sys, "argv", words)
-    assert run_script(train_gpt.main) == 2
-    assert "--run.device cuda" in capsys.readouterr().err
+    assert "--run.device cuda" in refusal(monkeypatch, capsys, corpus, tmp_path, "--run.device", "cuda")
 
 
 def test_a_tokenizer_that_is_not_the_shards_is_refused(corpus, tmp_path, monkeypatch, capsys):
@@ -400,20 +396,7 @@ def test_an_existing_run_folder_is_refused(corpus, tmp_path, monkeypatch, capsys
     folder = tmp_path / f"{time.strftime('%Y-%m-%d')}-mine"
     folder.mkdir()
     (folder / "keep").write_text("mine")
-    words = [
-        "train_gpt.py",
-        "smoke",
-        *TINY,
-        "--run.data",
-        str(corpus),
-        "--run.runs",
-        str(tmp_path),
-        "--run.name",
-        "mine",
-    ]
-    monkeypatch.setattr(sys, "argv", words)
-    assert run_script(train_gpt.main) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already" in refusal(monkeypatch, capsys, corpus, tmp_path, "--run.name", "mine")
     assert [p.name for p in folder.iterdir()] == ["keep"]
 
 
