@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -195,19 +196,15 @@ def test_the_scorers_tokenizer_is_the_referees(tmp_path, corpus):
 
 
 def test_no_temporary_files_stay(tmp_path, corpus, monkeypatch):
-    def left() -> set[str]:
-        places = [Path("/tmp"), Path("/dev/shm"), tmp_path / "tmp"]
-        return {str(p) for place in places if place.is_dir() for p in place.glob("golf-*")}
-
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    before = left()
-    good = submission(tmp_path / "good", corpus, UNIFORM)
-    bad = submission(tmp_path / "bad", corpus, "raise SystemError")
-    eval_bpb.judge(good, corpus)
+    place, used = tmp_path / "tmp", tmp_path / "used"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))  # other tests run beside this one
+    telling = UNIFORM.replace("return Scorer()", f"open({str(used)!r}, 'w').write(folder); return Scorer()")
+    eval_bpb.judge(submission(tmp_path / "good", corpus, telling), corpus)
+    assert Path(used.read_text()).parent == place
     with pytest.raises(eval_bpb.Invalid):
-        eval_bpb.judge(bad, corpus)
-    assert left() == before
+        eval_bpb.judge(submission(tmp_path / "bad", corpus, "raise SystemError"), corpus)
+    assert not list(place.iterdir())
 
 
 def test_misuse_is_one_sentence(tmp_path, corpus):
