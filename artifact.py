@@ -2,23 +2,32 @@
 
 python artifact.py check FOLDER [--json]
 python artifact.py unpack FOLDER/model.bin WEIGHTS.safetensors
-python artifact.py pack WEIGHTS.safetensors MODEL.bin [--matrix-bits N] [--embed-bits N]
+python artifact.py pack WEIGHTS.safetensors MODEL.bin [--target-bytes N] [--hessians FILE]
+python artifact.py bundle RUN|PRESET [--output FOLDER] [--minify] [--pack] [--golden DATA]
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
-from dataclasses import asdict, replace
+import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from golf import codec, folders, records
-from golf.config import TRACKS, UsageError, check_shape, shape_from_dict
+from golf import bundle, folders, records
+from golf.checkpoint import read_sensitivities, read_tensors, write_weights
+from golf.codec import encode, load_artifact
+from golf.config import TRACKS, Config, Pack, UsageError, check_pack
 from golf.console import parse, run_script
 from golf.data import write_bytes
+from golf.presets import PRESETS
+from golf.quantize import quantize
 
 
 def check(folder: Positional[str], cap: int = 0, json: bool = False) -> int:
@@ -56,49 +65,107 @@ def unpack(artifact: Positional[str], weights: Positional[str], json: bool = Fal
         weights: File to write.
         json: Print one JSON object.
     """
-    from safetensors.numpy import save
-
-    shape, tensors = codec.load(Path(artifact))
-    write_bytes(Path(weights), save(tensors, metadata={"shape": dumps(asdict(shape))}))
+    shape, tensors = load_artifact(Path(artifact))
+    write_weights(Path(weights), shape, tensors)
     show({"tensors": len(tensors), "parameters": shape.parameter_count, "written": weights}, json)
     return 0
 
 
 def pack(
-    weights: Positional[str], artifact: Positional[str], matrix_bits: int = 0, embed_bits: int = 0, json: bool = False
-) -> int:
+    weights: Positional[str], artifact: Positional[str], hessians: str = "", track: str = "contest",
+    pack: Annotated[Pack, arg(name="")] = Pack(), json: bool = False,  # noqa: B008, frozen
+) -> int:  # fmt: skip
     """Quantise and compress the weights of a safetensors file whose metadata holds the shape.
 
     Args:
-        weights: A file that `unpack` wrote.
+        weights: A file that `unpack` or a run with --run.checkpoint wrote.
         artifact: File to write.
-        matrix_bits: Grid of the blocks' matrices, 4 to 8; the stored shape's when 0.
-        embed_bits: Grid of the embedding, 4 to 8; the stored shape's when 0.
+        hessians: The hessians.safetensors of the same run; without it every weight counts the same.
+        track: Whose cap the artifact is to fill, less the code and 0.05 %, when neither bytes nor steps are given.
+        pack: How weights become bytes.
         json: Print one JSON object.
     """
-    shape, tensors = read_weights(Path(weights))
-    shape = replace(shape, matrix_bits=matrix_bits or shape.matrix_bits, embed_bits=embed_bits or shape.embed_bits)
-    check_shape(shape)
-    data = codec.encode(shape, tensors)
+    if track not in TRACKS:
+        raise UsageError(f"--track {track}: give one of {', '.join(TRACKS)}.")
+    shape, tensors = read_tensors(Path(weights))
+    check_pack(pack)
+    config = Config("pack", track, shape, pack=pack)
+    found = read_sensitivities(Path(hessians), shape) if hessians else None
+    target = config.target_bytes(bundle.code_bytes(config))
+    data, report = quantize(shape, tensors, pack, target, found, lambda grids: encode(shape, grids, {}, pack.coder))
     write_bytes(Path(artifact), data)
-    show({"bytes": len(data), "bits_per_parameter": round(8 * len(data) / shape.parameter_count, 4)}, json)
+    result = {"bytes": len(data), "bits_per_parameter": round(8 * len(data) / shape.parameter_count, 4)}
+    if pack.matrix_step == 0:
+        result["target_bytes"] = target
+    if found:
+        result["predicted_loss"] = report["predicted_loss"]
+    show(result, json)
+    for note in report["notes"]:
+        print(note, file=sys.stderr)
     return 0
 
 
-def read_weights(path: Path) -> tuple:
-    """Shape and tensors of a safetensors file. Raises UsageError."""
-    from safetensors import SafetensorError, safe_open
+def bundle_run(
+    run: Positional[str], output: str = "", minify: bool = False, pack: bool = False, golden: str = "",
+    json: bool = False,
+) -> int:  # fmt: skip
+    """Write a run's code as one self-contained train_gpt.py.
 
-    try:
-        with safe_open(path, framework="numpy") as stored:
-            about = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dict
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
-        raise UsageError(f"{path} is not a safetensors file of float tensors that numpy knows ({error}).") from error
-    try:
-        return shape_from_dict(loads(about["shape"])), tensors
-    except (KeyError, ValueError) as error:
-        raise UsageError(f"{path} has no model shape in its metadata; write it with `artifact.py unpack`.") from error
+    Args:
+        run: A run folder, or a preset's name.
+        output: Folder to write to; the run folder when empty.
+        minify: Shorten names and drop comments (python-minifier).
+        pack: Compress the file into one that unpacks itself; the readable one is written under source/.
+        golden: A prepared corpus on which the bundle is first run for 20 steps and must give the checkout's losses.
+        json: Print one JSON object.
+    """
+    config = PRESETS[run] if run in PRESETS else records.config_of(records.read(Path(run)))
+    folder = Path(output or run)
+    if not output and run in PRESETS:
+        raise UsageError(f"--output: name a folder for the bundle of {run}.")
+    source = bundle.readable(config)
+    counted = bundle.minified(source) if minify else source
+    files = {"train_gpt.py": bundle.packed(counted) if pack else counted}
+    if minify or pack:
+        files["source/train_gpt.py"] = source
+    for name, text in files.items():
+        if (folder / name).exists() and (folder / name).read_text("utf-8") != text:
+            raise UsageError(f"{folder / name} exists and is not this bundle; give another --output.")
+    if golden and (difference := golden_difference(config, files["train_gpt.py"], Path(golden))):
+        raise UsageError(f"The bundle does not train as the checkout does: {difference}.")
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / name, text.encode())
+    show({"bytes_code": len(files["train_gpt.py"].encode()), "written": str(folder / "train_gpt.py")}, json)
+    return 0
+
+
+def golden_difference(config: Config, source: str, data: Path, steps: int = 20) -> str:
+    """Where a bundle's losses over a few steps leave the checkout's, or nothing."""
+    run = replace(config.run, max_steps=steps, data=str(data.resolve()))
+    losses = []
+    with tempfile.TemporaryDirectory() as place:
+        here = Path(place)
+        golden = bundle.readable(replace(config, run=run))
+        if source.startswith('"""The code of this submission, compressed'):
+            golden = bundle.packed(bundle.minified(golden))
+        (here / "train_gpt.py").write_text(golden, "utf-8")
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"DATA_PATH": str(data.resolve())}
+        flags = ["--run.data", str(data), "--run.max-steps", str(steps), "--run.runs", place, "--run.name", "checkout"]
+        checkout = [str(bundle.ROOT / "train_gpt.py"), config.preset, *flags, "--run.no-judge"]
+        for command in (["-I", str(here / "train_gpt.py")], checkout):
+            done = subprocess.run(
+                [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=here, check=False
+            )
+            log = done.stdout if command[0] == "-I" else next(here.glob("*-checkout/log.jsonl")).read_text("utf-8")
+            rows = [loads(line) for line in log.splitlines() if line.startswith("{")]
+            losses.append([row["loss"] for row in rows if row.get("event") == "step"])
+            if done.returncode:
+                return (done.stderr.strip().splitlines() or ["it failed"])[-1]
+    ours, theirs = losses
+    if len(ours) != steps:
+        return f"{len(ours)} steps of {steps}"
+    return next((f"step {i + 1}: {a} and {b}" for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), "")
 
 
 dumps, loads = json.dumps, json.loads  # the commands have an option called json
@@ -114,7 +181,7 @@ def show(result: dict, as_json: bool) -> None:
 
 
 def main() -> int:
-    commands = {"pack": pack, "check": check, "unpack": unpack}
+    commands = {"pack": pack, "check": check, "unpack": unpack, "bundle": bundle_run}
     return parse(tyro.extras.subcommand_cli_from_dict, commands, prog="artifact.py")
 
 

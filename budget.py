@@ -2,6 +2,7 @@
 
 python budget.py PRESET [flags] [--json] [--machine NAME]
 python budget.py table            the looping proposal's six shapes beside its own claims
+python budget.py fit --track contest --unique 3 --loops 3 [--width 768,1024] [--vocab N] [--machine NAME]
 python budget.py measure          time this machine's training steps once (uses torch)
 """
 
@@ -10,18 +11,16 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 
 from golf import bundle
-from golf.config import Config, UsageError, tensor_class
+from golf.config import TRACKS, Config, UsageError, tensor_class
 
 MEASURED = Path(__file__).resolve().parent / "machine.json"
-LOSSLESS_OVERHEAD = (
-    1.012  # zstd-22 over the entropy of Gaussian weights on their grid; measured on trained runs, LAB.md
-)
-HEADER_BYTES = 700
+FINEST, COARSEST = 1 / 32, 2.0  # the codec's own limits; a test holds them equal
+FEWEST_BITS = 2.0  # bits a weight below which a plan is refused: nothing here trains well on such a grid
 
 
 @dataclass(frozen=True)
@@ -55,35 +54,86 @@ MACHINES = {
 
 # -- bytes -------------------------------------------------------------------------------------------------------
 
+# What an artifact holds beside its weights' symbols; measured on trained runs (LAB.md).
+ROW_CODE_BITS = {0.0: 0.1, 1.0: 2.7}  # a row's step, by pack.row_power: alike, or with the row's deviation
+EMBED_ROW_BITS = 4.6  # a row of the embedding, whose step goes with how often the piece occurs
+COLUMN_CODE_BITS = 4.0  # a column's step, where columns have their own
+CONTROL_BITS = 6.9  # a control weight
+HEADER_BYTES, GROUP_BYTES, LANE_SHARE = 260, 22, 0.0004
+
 
 def largest_of(count: int) -> float:
     """Median of the largest magnitude among `count` standard normal numbers."""
     return NormalDist().inv_cdf((1 + 0.5 ** (1 / count)) / 2)
 
 
-def grid_bits(columns: int, bits: int) -> float:
-    """Entropy, in bits a weight, of Gaussian rows rounded to 2^bits - 1 steps of their largest magnitude.
+def symbol_bits(step: float, quantizer: str) -> float:
+    """Entropy of a standard normal variable on a grid of this step.
 
-    A grid of step s codes a normal variable in log2(sigma / s) + 2.047 bits (half the logarithm of 2 pi e).
+    Rounding adds the grid's error, step^2 / 12 or with a trellis 0.8 of it, to the variance that is coded: 2.047
+    - log2(step) bits where steps are fine; within 0.1 % of the sum up to a step of 1.5.
     """
-    return 0.5 * math.log2(2 * math.pi * math.e) + math.log2((2 ** (bits - 1) - 1) / largest_of(columns))
+    error = 0.8 / 12 if quantizer == "trellis" else 1 / 12
+    return 0.5 * math.log2(2 * math.pi * math.e * (1 / step**2 + error))
 
 
-def artifact_bytes(config: Config) -> dict[str, int]:
-    """Predicted bytes of each class of tensor in the artifact."""
-    shape = config.shape
-    totals = {"embedding": 0.0, "matrices": 0.0, "scales": 0.0, "control": 0.0, "header": float(HEADER_BYTES)}
+def grid_step(step: float, columns: int) -> float:
+    """The step that a row of this many weights gets: an integer of 8 bits must hold its largest."""
+    return max(step, largest_of(columns) / 127.5)
+
+
+def side_bytes(config: Config) -> dict[str, float]:
+    """Predicted bytes of everything but the symbols of matrices and embedding."""
+    shape, pack = config.shape, config.pack
+    totals = {"scales": 0.0, "control": 0.0, "header": float(HEADER_BYTES)}
+    row_bits = ROW_CODE_BITS[0.0] if pack.row_power < 0.25 else ROW_CODE_BITS[1.0]
     for name, dims in shape.parameters().items():
-        kind, size = tensor_class(name), math.prod(dims)
+        kind = tensor_class(name)
         if kind == "control":
-            totals["control"] += 2 * size
+            totals["control"] += math.prod(dims) * CONTROL_BITS / 8
             continue
-        bits = shape.embed_bits if kind == "embed" else shape.matrix_bits
-        totals["embedding" if kind == "embed" else "matrices"] += (
-            size * grid_bits(dims[1], bits) / 8 * LOSSLESS_OVERHEAD
-        )
-        totals["scales"] += 2 * dims[0]
+        weighed = pack.calibration_batches > 0
+        rows = EMBED_ROW_BITS if kind == "embed" and weighed else row_bits
+        columns = COLUMN_CODE_BITS if weighed and pack.column_steps else 0.0
+        totals["scales"] += (dims[0] * rows + dims[1] * columns) / 8
+    totals["header"] += GROUP_BYTES * len({name.rsplit(".", 1)[-1] for name in shape.parameters()})
+    return totals
+
+
+def coded_bytes(config: Config, matrix_step: float, embed_step: float) -> dict[str, float]:
+    """Predicted bytes of the artifact by class, on grids of these steps in standard deviations."""
+    totals = {"embedding": 0.0, "matrices": 0.0, **side_bytes(config)}
+    for name, dims in config.shape.parameters().items():
+        kind = tensor_class(name)
+        if kind != "control":
+            step = grid_step(embed_step if kind == "embed" else matrix_step, dims[1])
+            name = "embedding" if kind == "embed" else "matrices"
+            totals[name] += math.prod(dims) * symbol_bits(step, config.pack.quantizer) / 8
+    totals["header"] += LANE_SHARE * sum(totals.values())
+    return totals
+
+
+def artifact_bytes(config: Config, code: int) -> dict[str, int]:
+    """Predicted bytes of each class of tensor: at the steps that the configuration names, or those that fill its cap.
+
+    A cap too small for the coarsest grid is not filled but exceeded.
+    """
+    pack = config.pack
+    if pack.matrix_step:
+        totals = coded_bytes(config, pack.matrix_step, pack.embed_step)
+    else:
+        target, low, high = config.target_bytes(code), math.log2(FINEST), math.log2(COARSEST)
+        for _ in range(40):
+            middle = 2 ** ((low + high) / 2)
+            over = sum(coded_bytes(config, middle, middle).values()) > target
+            low, high = ((low + high) / 2, high) if over else (low, (low + high) / 2)
+        totals = coded_bytes(config, 2**high, 2**high)
     return {name: round(value) for name, value in totals.items()}
+
+
+def bits_a_weight(config: Config, classes: dict[str, int]) -> float:
+    """Bits of the artifact over its weights."""
+    return 8 * sum(classes.values()) / config.shape.parameter_count
 
 
 # -- time and memory ---------------------------------------------------------------------------------------------
@@ -164,8 +214,8 @@ def read_measured() -> dict | None:
 def plan(config: Config, machine: str = "8xH100") -> dict:
     """Everything known of a configuration before it is trained."""
     shape = config.shape
-    classes = artifact_bytes(config)
-    code = bundle.code_bytes()
+    code = bundle.code_bytes(config)
+    classes = artifact_bytes(config, code)
     total = sum(classes.values()) + code
     rates = machine_rates(machine, config)
     steps = steps_in_cap(config, rates)
@@ -176,7 +226,8 @@ def plan(config: Config, machine: str = "8xH100") -> dict:
             for name, dims in shape.parameters().items()
         ),
         "unique_layers": shape.unique_layers, "effective_layers": shape.effective_layers,
-        "bytes": classes, "bytes_model": sum(classes.values()), "bytes_code": code, "bytes_total": total,
+        "bytes": classes, "bits_a_weight": round(bits_a_weight(config, classes), 3),
+        "bytes_model": sum(classes.values()), "bytes_code": code, "bytes_total": total,
         "cap": config.limits.bytes_cap, "headroom": config.limits.bytes_cap - total,
         "fits": total <= config.limits.bytes_cap, "flops_per_token": 3 * forward_flops(config),
         "machine": machine, "rates": rates.source, "step_ms": round(1e3 * step_seconds(config, rates), 2),
@@ -188,13 +239,12 @@ def plan(config: Config, machine: str = "8xH100") -> dict:
 
 def require_fit(config: Config) -> None:
     """Raise UsageError when the predicted artifact exceeds the track's cap, unless the run allows it."""
-    total = sum(artifact_bytes(config).values()) + bundle.code_bytes()
-    cap = config.limits.bytes_cap
+    code = bundle.code_bytes(config)
+    total, cap = sum(artifact_bytes(config, code).values()) + code, config.limits.bytes_cap
     if total > cap and not config.run.allow_over_cap:
         raise UsageError(
             f"{config.preset} would take about {total:,} bytes, the {config.track} track allows {cap:,}: lower "
-            f"--shape.width {config.shape.width} or --shape.matrix-bits {config.shape.matrix_bits}, "
-            "or give --run.allow-over-cap."
+            f"--shape.width {config.shape.width}, or give --run.allow-over-cap."
         )
 
 
@@ -218,7 +268,7 @@ def table() -> list[dict]:
     for name, (megabytes, steps, tokens) in CLAIMS.items():
         p = plan(PRESETS[name])
         rows.append({
-            "shape": name, "parameters": p["parameters"], "bits": PRESETS[name].shape.matrix_bits,
+            "shape": name, "parameters": p["parameters"], "bits": p["bits_a_weight"],
             "bytes_model": p["bytes_model"], "claimed_bytes": megabytes and round(megabytes * 1e6),
             "claimed_bytes_per_parameter": megabytes and round(megabytes * 1e6 / p["parameters"], 3),
             "fits": p["fits"], "steps": p["steps"], "claimed_steps": steps, "tokens": p["tokens"],
@@ -265,6 +315,84 @@ def measure() -> dict:
     return result
 
 
+# -- what fits ---------------------------------------------------------------------------------------------------
+
+
+def fit(config: Config, machine: str, widths: range, uniques: list[int], loops: list[int]) -> list[dict]:
+    """The frontier under a track's cap: for each width, number of unique blocks and of loops the finest grid that
+    fits, and the steps that the machine makes with and without the loops. Head size 64, half as many KV heads."""
+    rates, code, rows = machine_rates(machine, config), bundle.code_bytes(config), []
+    for unique in uniques:
+        for passes in loops:
+            for width in widths:
+                heads = max(1, width // 64)
+                shape = replace(
+                    config.shape, width=width, heads=heads, kv_heads=max(1, heads // 2), prelude=0, core=unique, coda=0,
+                    loops=passes,
+                )  # fmt: skip
+                if width % heads or shape.heads % shape.kv_heads:
+                    continue
+                one = replace(config, shape=shape, pack=replace(config.pack, matrix_step=0.0, embed_step=0.0))
+                classes = artifact_bytes(one, code)
+                total, bits = sum(classes.values()) + code, bits_a_weight(one, classes)
+                if total > config.limits.bytes_cap or bits < FEWEST_BITS:
+                    continue
+                flat = replace(one, shape=replace(shape, loops=1))
+                steps, unlooped = steps_in_cap(one, rates), steps_in_cap(flat, rates)
+                rows.append({
+                    "width": width, "unique": unique, "loops": passes, "layers": unique * passes,
+                    "parameters": shape.parameter_count, "bits": round(bits, 2), "bytes_total": total,
+                    "step_ms": round(1e3 * step_seconds(one, rates), 2), "steps": steps, "steps_unlooped": unlooped,
+                    "steps_lost": f"{100 * (1 - steps / unlooped):.0f} %" if passes > 1 else "-",
+                })  # fmt: skip
+    return rows
+
+
+FIT_NOTES = """\
+Every row fills the cap: a narrower model gets a finer grid. A looped block costs no bytes but all of its time, so
+steps_unlooped is what the same bytes would be trained for without loops. Below about 3 bits a weight rounding costs
+more than the width it buys is likely to give back; measure before believing either."""
+
+
+def fit_command(arguments: list[str]) -> int:
+    """budget.py fit [--track T] [--unique N[,N]] [--loops N[,N]] [--width N[,N]] [--vocab N] [--machine M] [--json]"""
+    from golf.presets import PRESETS
+
+    as_json = "--json" in arguments
+    arguments = [a for a in arguments if a != "--json"]
+    track = take_option(arguments, "--track", "contest")
+    if track not in TRACKS:
+        raise UsageError(f"--track {track}: give one of {', '.join(TRACKS)}.")
+    uniques = numbers("--unique", take_option(arguments, "--unique", "3"))
+    loops = numbers("--loops", take_option(arguments, "--loops", "3"))
+    given = take_option(arguments, "--width", "")
+    vocabulary = numbers("--vocab", take_option(arguments, "--vocab", "1024"))[0]
+    machine = take_option(arguments, "--machine", "8xH100" if track == "contest" or not read_measured() else "this")
+    if arguments:
+        raise UsageError(f"{arguments[0]}: fit takes --track, --unique, --loops, --width, --vocab and --machine.")
+    base = PRESETS["baseline"] if track == "contest" else PRESETS["laptop"]
+    config = replace(base, track=track, shape=replace(base.shape, vocab_size=vocabulary)).check()
+    largest = 4096 if track == "contest" else 1024
+    widths = numbers("--width", given) if given else range(64, largest, 64)
+    rows = fit(config, machine, widths, uniques, loops)
+    if not rows:
+        raise UsageError(f"--unique {uniques}: no width that was asked for fits the {track} track, give fewer blocks.")
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        show(rows)
+        print(f"Steps on {machine}: {machine_rates(machine, config).source}.\n{FIT_NOTES}")
+    return 0
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers from 1, separated by commas."""
+    parts = text.split(",")
+    if not all(p.isdecimal() and 0 < int(p) <= 65_536 for p in parts):
+        raise UsageError(f"{option} {text}: give a whole number, or several with commas between them.")
+    return [int(p) for p in parts]
+
+
 def take_option(arguments: list[str], name: str, default: str) -> str:
     """Remove `name VALUE` from the arguments and return VALUE."""
     if name not in arguments:
@@ -281,6 +409,8 @@ def main() -> int:
     from golf.presets import parse_command_line
 
     arguments = sys.argv[1:]
+    if arguments[:1] == ["fit"]:
+        return fit_command(arguments[1:])
     as_json = "--json" in arguments
     arguments = [a for a in arguments if a != "--json"]
     if arguments == ["measure"]:

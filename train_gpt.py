@@ -21,23 +21,27 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from golf import codec
 from golf.bpb import Score, windows
+from golf.calibrate import calibrate, reserve_seconds
 from golf.clock import Clock, StepCounter
+from golf.codec import encode, load_artifact
 from golf.config import Config, UsageError
 from golf.data import Corpus, TokenStream, batches, write_bytes
 from golf.machine import Machine, accumulate, compile_model, keep_memory, set_up, warm_up_in_memory
 from golf.model import RecurrentGPT
 from golf.muon import Optimizers
+from golf.noise import GridNoise
+from golf.quantize import Sensitivity, quantize
 
 VALIDATION_TOKENS = 16_384  # tokens a rank scores at a time
+PENALTY_TOKENS = 65_536
 
 
 # == the submission's side: from the packed artifact to distributions ============================================
@@ -49,7 +53,7 @@ class Scorer:
     def __init__(self, folder: Path | str):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        shape, weights = codec.load(Path(folder) / "model.bin")
+        shape, weights = load_artifact(Path(folder) / "model.bin")
         self.model = RecurrentGPT(shape)
         self.model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
         self.model.to(self.device).eval()
@@ -82,6 +86,7 @@ class Result:
     tokens: int = 0
     train_seconds: float = 0.0
     loss: float = float("nan")
+    sensitivities: dict[str, Sensitivity] | None = None
 
 
 class Rollback:
@@ -134,14 +139,16 @@ class Interrupt:
 
 
 @torch.no_grad()
-def validate(model: RecurrentGPT, tokens: np.ndarray, text_bytes: int, config: Config, machine: Machine) -> Score:
-    """Score of the unpacked weights on a whole split, shared over the ranks; `text_bytes` is its length."""
+def validate(
+    model: RecurrentGPT, tokens: np.ndarray, text_bytes: int, config: Config, machine: Machine, loops: int | None = None
+) -> Score:  # fmt: skip
+    """Score of the model's weights on a row of tokens that stands for `text_bytes`, shared over the ranks."""
     length = config.recipe.sequence_length
     nats, count = 0.0, 0
     for index, (inputs, targets) in enumerate(windows(tokens, length, max(1, VALIDATION_TOKENS // length))):
         if index % machine.world == machine.rank:
             given, wanted = (torch.from_numpy(a).to(machine.device) for a in (inputs, targets))
-            nats += float(model.head_loss(model.hidden(given, machine.dtype), wanted)) * targets.size
+            nats += float(model.head_loss(model.hidden(given, machine.dtype, loops), wanted)) * targets.size
             count += targets.size
     nats, count = machine.total([nats, count])
     return Score(nats, int(count), text_bytes)
@@ -159,11 +166,15 @@ def train(
     stream = TokenStream(corpus.shards("train"))
     began = time.perf_counter()
     micro_rows = warm_up_in_memory(model, optimizers, config, machine, report)
-    report({"event": "warm-up", "seconds": round(time.perf_counter() - began, 2), "micro_rows": micro_rows})
+    reserve = reserve_seconds(model, config, machine, micro_rows)
+    report({
+        "event": "warm-up", "seconds": round(time.perf_counter() - began, 2), "micro_rows": micro_rows,
+        "reserve": round(reserve, 2),
+    })  # fmt: skip
 
     result = Result(model)
-    rollback = Rollback(result)
-    timed = Clock(config.train_seconds, agree=machine.largest, now=machine.now)
+    rollback, noise = Rollback(result), GridNoise(model, config)
+    timed = Clock(config.train_seconds, min(reserve, config.train_seconds / 2), machine.largest, machine.now)
     clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
     source = batches(
         stream, recipe.batch_tokens, recipe.sequence_length, recipe.loader, machine.rank, machine.world, micro_rows
@@ -174,7 +185,8 @@ def train(
             break
         loops = shape.loops if progress >= recipe.loops_from else 1
         optimizers.zero_grad()
-        local_loss = accumulate(model, next(source), machine, loops)
+        with noise.added(progress):
+            local_loss = accumulate(model, next(source), machine, loops)
         optimizers.reduce_gradients()
         norm = optimizers.gradient_norm()
         loss = machine.total([float(local_loss)])[0] / machine.world
@@ -212,6 +224,13 @@ def train(
         "event": "trained", "status": result.status, "reason": result.reason, "steps": result.steps,
         "tokens": result.tokens, "train_seconds": round(result.train_seconds, 3), "left_out": round(clock.left_out, 3),
     })  # fmt: skip
+    if config.pack.calibration_batches and result.steps:
+        began = clock.elapsed()
+        end = float("inf") if run.max_steps else config.train_seconds
+        result.sensitivities, done = calibrate(model, source, config, machine, lambda: end - clock.elapsed())
+        result.train_seconds = machine.largest(clock.elapsed())
+        seconds = round(result.train_seconds - began, 2)
+        report({"event": "calibrated", "batches": done, "seconds": seconds, "reserve": round(reserve, 2)})
     return result
 
 
@@ -221,12 +240,37 @@ def validation_score(model: RecurrentGPT, corpus: Corpus, config: Config, machin
     return validate(model, tokens, corpus.val_bytes, config, machine)
 
 
-def pack(model: RecurrentGPT, path: Path, note: dict) -> int:
-    """Write the artifact; return its bytes. Raises UsageError for weights that are not finite."""
-    weights = {name: p.detach().float().cpu().numpy() for name, p in model.named_parameters()}
-    data = codec.encode(model.shape, weights, note)
+def pack(result: Result, config: Config, path: Path, code_bytes: int, report: Callable[[dict], None]) -> None:
+    """Quantise, encode and write the artifact. Raises UsageError for weights that cannot be packed."""
+    began = time.perf_counter()
+    weights = {name: p.detach().float().cpu().numpy() for name, p in result.model.named_parameters()}
+    note = {"preset": config.preset, "seed": config.run.seed}
+    data, about = quantize(
+        config.shape, weights, config.pack, config.target_bytes(code_bytes), result.sensitivities,
+        lambda grids: encode(config.shape, grids, note, config.pack.coder),
+    )  # fmt: skip
     write_bytes(path, data)
-    return len(data)
+    report({"event": "packed", "seconds": round(time.perf_counter() - began, 2), **about})
+
+
+def quantization_penalty(
+    model: RecurrentGPT, path: Path, corpus: Corpus, config: Config, machine: Machine
+) -> dict[str, float]:  # fmt: skip
+    """Bits a byte that packing costs at each number of loops, on the first PENALTY_TOKENS of validation. The model is
+    left with the packed weights."""
+    tokens, alone = np.concatenate(corpus.shards("val"))[: PENALTY_TOKENS + 1], replace(machine, rank=0, world=1)
+    text_bytes = round(corpus.val_bytes * tokens.size / corpus.tokens["val"])  # the whole split's bytes a token
+
+    def scores() -> list[float]:
+        counts = range(1, config.shape.loops + 1)
+        return [validate(model, tokens, text_bytes, config, alone, loops).bpb for loops in counts]
+
+    before = scores()
+    weights = load_artifact(path)[1]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.from_numpy(weights[name]))
+    return {str(n + 1): round(b - a, 5) for n, (a, b) in enumerate(zip(before, scores(), strict=True))}
 
 
 def main() -> int:
@@ -238,7 +282,7 @@ def main() -> int:
     corpus = Corpus(config.run.data)
     corpus.check(config.shape.vocab_size, config.recipe.sequence_length)
     budget.require_fit(config)
-    code = bundle.counted_files()  # now, so that what ships is what runs
+    code = bundle.counted_files(config)  # now, so that what ships is what runs
     machine = set_up(config)
     folder = Path(config.run.runs) / records.folder_name(config)
     if machine.rank == 0:
@@ -248,16 +292,23 @@ def main() -> int:
         result = train(config, corpus, machine, interrupt, log.write)
         if machine.rank == 0:
             try:
-                pack(result.model, folder / "model.bin", {"preset": config.preset, "seed": config.run.seed})
+                pack(result, config, folder / "model.bin", len(code["train_gpt.py"]), log.write)
             except UsageError as error:
                 result.status, result.reason = "crash", str(error)
+            if config.run.checkpoint:
+                records.write_checkpoint(folder, result)
             for name, data in {**code, "tokenizer.model": corpus.tokenizer.read_bytes()}.items():
+                (folder / name).parent.mkdir(exist_ok=True)
                 write_bytes(folder / name, data)
         unpacked = validation_score(result.model, corpus, config, machine) if result.steps else None
         if machine.rank == 0:
             if unpacked:
                 log.write({"event": "unpacked", "val_loss": unpacked.loss, "val_bpb": unpacked.bpb})
-            record = records.from_run(folder, config, corpus, result, unpacked, log.environment)
+            penalty = {}
+            if unpacked and (folder / "model.bin").exists():
+                penalty = quantization_penalty(result.model, folder / "model.bin", corpus, config, machine)
+                log.write({"event": "penalty", "bpb": penalty})
+            record = records.from_run(folder, config, corpus, result, unpacked, log.environment, penalty)
             records.write(folder, record)
             if config.run.judge and result.steps and (folder / "model.bin").exists():
                 result.model.cpu()  # the scorer needs the device's memory

@@ -1,7 +1,8 @@
-"""Weights to bytes and back: an integer grid for each row, one zstd frame for each class of tensor.
+"""Grids to an artifact's bytes and back: a strict JSON header, tables, and one stream of entropy-coded integers.
 
-The file is MAGIC, a version, a sha256 of all that follows, the header's length, the JSON header and the frames.
-Only the unique tensors that Shape.parameters() lists are stored, in that order; nothing is pickled.
+The file is MAGIC, a version, a sha256 of all that follows, the header's length, the JSON header, the tables and the
+stream. Only the unique tensors that Shape.parameters() lists are stored; nothing is pickled. Tensors of one role form
+a group, and each group is coded in the way that is shortest for it.
 """
 
 from __future__ import annotations
@@ -9,164 +10,194 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import zstandard
 
-from golf.config import Shape, UsageError, shape_from_dict, tensor_class
+from golf.config import Shape, UsageError, shape_from_dict
+from golf.entropy import SCALE_ONE, Reader, put_following, put_static, take_following, take_static
+from golf.grid import CODE_LIMIT, NOTCH, OCTAVE, Grid, as_matrix, step_of
+from golf.rans import CodedDataError, Decoder, Encoder, lane_count
 
-MAGIC, VERSION = b"GOLFPACK", 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFPACK", 2
 PREFIX = struct.Struct("<8sI32sI")  # magic, version, sha256, header length
-HEADER_LIMIT = 1 << 20
-FRAMES = ("embed", "matrix", "scale", "control")
-LEVEL = 22
+HEADER_LIMIT = 1 << 16
+WEIGHTS_A_BYTE = 16  # more than any model packs; a file that claims more is refused before anything is allocated
+STATIC, DOWN_COLUMNS, ALONG_ROWS, WALKS = range(4)  # how a group is coded; walks go down columns
+MEMORIES = ((64, 4), (1024, 32))  # what a following table remembers, and how much its beginning weighs
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A matrix on its grid: row r of the weight is integers[r] * scale[r]."""
-
-    integers: np.ndarray  # (R, C) int8
-    scale: np.ndarray  # (R,) float16
-
-
-def quantize(weight: np.ndarray, bits: int) -> Grid:
-    """Round each row of a finite (R, C) float32 matrix to 2^bits - 1 steps of its largest magnitude.
-
-    Exact on the grid: quantize(dequantize(g)) == g for every g that quantize made.
-    """
-    top = 2 ** (bits - 1) - 1
-    weight = weight.astype(np.float32)
-    with np.errstate(over="ignore"):  # encode refuses a scale that is not finite
-        scale = (np.abs(weight).max(axis=1) / top).astype(np.float16)
-    divisor = np.where(scale > 0, scale, 1).astype(np.float32)
-    integers = np.clip(np.rint(weight / divisor[:, None]), -top, top) * (scale > 0)[:, None]
-    return Grid(integers.astype(np.int8), scale)
+def groups(shape: Shape) -> dict[str, list[str]]:
+    """Names of the tensors of each role, in storage order."""
+    found: dict[str, list[str]] = {}
+    for name in shape.parameters():
+        found.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+    return found
 
 
-def dequantize(grid: Grid) -> np.ndarray:
-    """The (R, C) float32 weights that the grid stands for."""
-    return grid.integers.astype(np.float32) * grid.scale.astype(np.float32)[:, None]
+def lanes_of(stack: np.ndarray, mode: int) -> np.ndarray:
+    """A group's (K, R, C) as (steps, lanes): lanes are columns, or rows."""
+    moved = stack.transpose((2, 0, 1) if mode == ALONG_ROWS else (1, 0, 2))
+    return moved.reshape(moved.shape[0], -1)
 
 
-def encode(shape: Shape, weights: dict[str, np.ndarray], note: dict | None = None) -> bytes:
-    """The artifact's bytes. Raises UsageError for missing, misshapen or non-finite weights."""
-    table = shape.parameters()
-    if set(weights) != set(table):
-        raise UsageError(f"The weights {sorted(set(weights) ^ set(table))[:3]} do not belong to this shape.")
-    frames: dict[str, list[bytes]] = {name: [] for name in FRAMES}
-    for name, dims in table.items():
-        weight = np.asarray(weights[name], dtype=np.float32)
-        if weight.shape != dims:
-            raise UsageError(f"Weight {name} has shape {weight.shape}, the model's is {dims}.")
-        if not np.isfinite(weight).all():
-            raise UsageError(f"Weight {name} is not finite; there is nothing to pack.")
-        kind = tensor_class(name)
-        if kind == "control":
-            with np.errstate(over="ignore"):
-                half = weight.astype("<f2")
-            if not np.isfinite(half).all():
-                raise UsageError(f"Weight {name} exceeds what a 16-bit float holds; there is nothing to pack.")
-            frames["control"].append(half.tobytes())
-            continue
-        grid = quantize(weight, shape.embed_bits if kind == "embed" else shape.matrix_bits)
-        if not np.isfinite(grid.scale).all():
-            raise UsageError(f"Weight {name} exceeds what a 16-bit scale holds; there is nothing to pack.")
-        frames[kind].append(grid.integers.tobytes())
-        frames["scale"].append(grid.scale.astype("<f2").tobytes())
-    compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=False)
-    packed = {name: compressor.compress(b"".join(parts)) for name, parts in frames.items()}
-    header = {"shape": asdict(shape), "frames": {k: len(v) for k, v in packed.items()}, "note": note or {}}
+def scales_of(row: np.ndarray, column: np.ndarray, mode: int) -> Callable[[int], np.ndarray]:
+    """Grid steps of a group with codes (K, R) and (K, C) over their mean, in 1/1024: step -> (lanes,) int64."""
+    across, along = (row, column) if mode == ALONG_ROWS else (column, row)
+    mean = int(row.sum()) // row.size + int(column.sum()) // column.size
+
+    def scale(step: int) -> np.ndarray:
+        codes = np.clip(across + (along[:, step, None] - mean), -6 * OCTAVE, 6 * OCTAVE).ravel()
+        return np.rint(SCALE_ONE * step_of(codes)).astype(np.int64)
+
+    return scale
+
+
+def put_group(grids: list[Grid], coder: str) -> tuple[Encoder, bytes]:
+    """The shortest coding of a group's integers, its description begun by a byte for the mode."""
+    stack, row, column = (np.stack([getattr(g, part) for g in grids]) for part in ("integers", "row", "column"))
+    found = []
+    if not grids[0].walks:
+        encoder = Encoder()
+        tables = b"".join(put_static(encoder, matrix) for matrix in stack)
+        found.append((encoder, bytes([STATIC]) + tables))
+    modes = (WALKS,) if grids[0].walks else (DOWN_COLUMNS, ALONG_ROWS) if coder == "adaptive" else ()
+    for mode in modes:
+        steps, scale = lanes_of(stack, mode), scales_of(row, column, mode)
+        for memory, prior in MEMORIES:
+            encoder = Encoder()
+            described = put_following(encoder, steps, scale, memory, prior, mode == WALKS)
+            found.append((encoder, bytes([mode]) + described))
+    return min(found, key=lambda pair: pair[0].bits() + 8 * len(pair[1]))
+
+
+def take_group(decoder: Decoder, reader: Reader, row: np.ndarray, column: np.ndarray) -> list[Grid]:
+    """The inverse, for codes (K, R) and (K, C)."""
+    (count, rows), columns = row.shape, column.shape[1]
+    (mode,) = reader.take(1)
+    if mode == STATIC:
+        stack = [take_static(decoder, reader, rows * columns).reshape(rows, columns) for _ in range(count)]
+    elif mode in (DOWN_COLUMNS, WALKS):
+        dims = (rows, count * columns)
+        flat = take_following(decoder, reader, dims, scales_of(row, column, mode), mode == WALKS)
+        stack = flat.reshape(rows, count, columns).transpose(1, 0, 2)
+    elif mode == ALONG_ROWS:
+        flat = take_following(decoder, reader, (columns, count * rows), scales_of(row, column, mode))
+        stack = flat.reshape(columns, count, rows).transpose(1, 2, 0)
+    else:
+        raise CodedDataError(f"a group of mode {mode} is unknown")
+    return [Grid(*parts, mode == WALKS) for parts in zip(stack, row, column, strict=True)]
+
+
+def put_codes(encoder: Encoder, codes: np.ndarray) -> bytes:
+    """Step codes (K, N): the smallest of each tensor as int16, then one table for the notches above it."""
+    lowest = codes.max(axis=1, keepdims=True) - 127 * NOTCH  # rows finer than that by eight octaves are rows of nothing
+    codes = np.maximum(codes, lowest)
+    lowest = codes.min(axis=1, keepdims=True)
+    return lowest.astype("<i2").tobytes() + put_static(encoder, (codes - lowest) // NOTCH)
+
+
+def take_codes(decoder: Decoder, reader: Reader, count: int, size: int) -> np.ndarray:
+    """The inverse: (K, N) int32."""
+    lowest = np.frombuffer(reader.take(2 * count), dtype="<i2").astype(np.int32)
+    notches = take_static(decoder, reader, count * size).reshape(count, size).astype(np.int32)
+    return lowest[:, None] + NOTCH * notches
+
+
+def encode(shape: Shape, grids: dict[str, Grid], note: dict | None = None, coder: str = "adaptive") -> bytes:
+    """The artifact's bytes. `coder` is static (one table a tensor) or adaptive (whatever is shortest)."""
+    whole, tables = Encoder(), b""
+    for names in groups(shape).values():
+        rows = np.stack([grids[name].row for name in names])
+        columns = np.stack([grids[name].column for name in names])
+        tables += put_codes(whole, rows) + put_codes(whole, columns)
+        encoder, described = put_group([grids[name] for name in names], coder)
+        whole.steps += encoder.steps
+        tables += described
+    lanes = lane_count(whole.bits() / 8)
+    stream = whole.finish(lanes)
+    header = {"shape": changed(shape), "note": note or {}, "lanes": lanes, "tables": len(tables)}
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-    body = struct.pack("<I", len(text)) + text + b"".join(packed.values())
-    return struct.pack("<8sI", MAGIC, VERSION) + hashlib.sha256(body).digest() + body
+    body = struct.pack("<I", len(text)) + text + tables + stream
+    if shape.parameter_count > WEIGHTS_A_BYTE * (len(body) + PREFIX.size):
+        raise UsageError("The weights are all but zero; an artifact holds at least half a bit a weight.")
+    return struct.pack("<8sI", ARTIFACT_MAGIC, ARTIFACT_VERSION) + hashlib.sha256(body).digest() + body
+
+
+def changed(shape: Shape) -> dict:
+    """The fields in which a shape differs from the default one."""
+    default = asdict(Shape())
+    return {name: value for name, value in asdict(shape).items() if value != default[name]}
 
 
 def refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number that JSON knows")
 
 
-def read_header(data: bytes) -> tuple[Shape, dict, dict[str, bytes]]:
-    """Shape, note and compressed frames of an artifact, everything checked before anything is allocated."""
-    if len(data) < PREFIX.size or data[:8] != MAGIC:
+def read_header(data: bytes) -> tuple[Shape, dict, int, memoryview, memoryview]:
+    """Shape, note, lanes, tables and stream of an artifact, all checked before anything is allocated."""
+    if len(data) < PREFIX.size or data[:8] != ARTIFACT_MAGIC:
         raise UsageError("The file is not an artifact of this program (no GOLFPACK at its start).")
     _, version, digest, header_bytes = PREFIX.unpack_from(data)
-    if version != VERSION:
-        raise UsageError(f"The artifact has format version {version}, this program reads {VERSION}.")
-    if hashlib.sha256(memoryview(data)[PREFIX.size - 4 :]).digest() != digest:
+    if version != ARTIFACT_VERSION:
+        raise UsageError(f"The artifact has format version {version}, this program reads {ARTIFACT_VERSION}.")
+    view = memoryview(data)
+    if hashlib.sha256(view[PREFIX.size - 4 :]).digest() != digest:
         raise UsageError("The artifact is damaged: its sha256 does not match its bytes.")
     if header_bytes > min(HEADER_LIMIT, len(data) - PREFIX.size):
         raise UsageError("The artifact's header is longer than the file.")
+    start = PREFIX.size + header_bytes
     try:
-        text = data[PREFIX.size : PREFIX.size + header_bytes].decode("utf-8")
-        header = json.loads(text, parse_constant=refuse_constant)
-        sizes = {name: header["frames"][name] for name in FRAMES}
+        header = json.loads(bytes(view[PREFIX.size : start]).decode("utf-8"), parse_constant=refuse_constant)
+        lanes, tables = header["lanes"], header["tables"]
         shape, note = shape_from_dict(header["shape"]), header["note"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"The artifact's header cannot be read ({error!r}).") from error
-    if not all(type(n) is int and n >= 0 for n in sizes.values()) or not isinstance(note, dict):
-        raise UsageError("The artifact's header has a wrong frame size or note.")
-    if PREFIX.size + header_bytes + sum(sizes.values()) != len(data):
-        raise UsageError("The artifact's frames do not add up to the file's length.")
-    frames, offset = {}, PREFIX.size + header_bytes
-    for name, size in sizes.items():
-        frames[name] = data[offset : offset + size]
-        offset += size
-    return shape, note, frames
+    if not (type(lanes) is type(tables) is int and 1 <= lanes <= 4096 and tables >= 0 and isinstance(note, dict)):
+        raise UsageError("The artifact's header has a wrong number of lanes, size of tables or note.")
+    if start + tables + 4 * lanes > len(data):
+        raise UsageError("The artifact's tables and states are longer than the file.")
+    if shape.parameter_count > WEIGHTS_A_BYTE * len(data):
+        raise UsageError(f"The artifact claims {shape.parameter_count:,} weights in {len(data):,} bytes.")
+    return shape, note, lanes, view[start : start + tables], view[start + tables :]
 
 
-def frame_bytes(shape: Shape) -> dict[str, int]:
-    """Length of each frame once decompressed, from the shape alone."""
-    sizes = dict.fromkeys(FRAMES, 0)
-    for name, dims in shape.parameters().items():
-        kind = tensor_class(name)
-        sizes[kind] += int(np.prod(dims, dtype=object)) * (2 if kind == "control" else 1)
-        sizes["scale"] += 0 if kind == "control" else 2 * dims[0]
-    return sizes
+def decode_grids(data: bytes) -> tuple[Shape, dict[str, Grid]]:
+    """Shape and grids of an artifact. Raises UsageError for anything that is not a whole, sane one."""
+    shape, _, lanes, tables, stream = read_header(data)
+    table, grids = shape.parameters(), {}
+    try:
+        decoder, reader = Decoder(stream, lanes), Reader(tables)
+        for names in groups(shape).values():
+            count, (rows, columns) = len(names), as_matrix(table[names[0]])
+            row = take_codes(decoder, reader, count, rows)
+            column = take_codes(decoder, reader, count, columns)
+            if max(abs(int(f(row)) + int(f(column))) for f in (np.min, np.max)) > 2 * CODE_LIMIT:
+                raise CodedDataError("a step is out of range")
+            grids |= zip(names, take_group(decoder, reader, row, column), strict=True)
+        decoder.finish()
+        if reader.at != len(reader.data):
+            raise CodedDataError("the tables do not end where the groups do")
+    except CodedDataError as error:
+        raise UsageError(f"The artifact cannot be decoded: {error}.") from error
+    return shape, grids
 
 
 def decode(data: bytes) -> tuple[Shape, dict[str, np.ndarray]]:
     """Shape and float32 weights of an artifact. Raises UsageError for anything that is not a whole, sane one."""
-    shape, _, frames = read_header(data)
-    raw = {}
-    for name, size in frame_bytes(shape).items():
-        try:
-            if zstandard.frame_content_size(frames[name]) != size:
-                raise UsageError(f"The artifact's {name} frame does not hold the {size} bytes its shape asks for.")
-            raw[name] = zstandard.ZstdDecompressor().decompress(frames[name], max_output_size=size)
-        except zstandard.ZstdError as error:
-            raise UsageError(f"The artifact's {name} frame cannot be decompressed ({error}).") from error
-        if len(raw[name]) != size:
-            raise UsageError(f"The artifact's {name} frame holds {len(raw[name])} bytes, not {size}.")
-    return shape, unpack_tensors(shape, raw)
-
-
-def unpack_tensors(shape: Shape, raw: dict[str, bytes]) -> dict[str, np.ndarray]:
-    """Cut the decompressed frames into the shape's tensors, float32."""
-    at = dict.fromkeys(FRAMES, 0)
-
-    def take(frame: str, dtype: str, dims: tuple[int, ...]) -> np.ndarray:
-        count = int(np.prod(dims, dtype=object))
-        array = np.frombuffer(raw[frame], dtype=dtype, count=count, offset=at[frame])
-        at[frame] += array.nbytes
-        return array.reshape(dims)
-
-    weights = {}
-    for name, dims in shape.parameters().items():
-        kind = tensor_class(name)
-        if kind == "control":
-            weights[name] = take("control", "<f2", dims).astype(np.float32)
-        else:
-            with np.errstate(invalid="ignore"):
-                weights[name] = dequantize(Grid(take(kind, "i1", dims), take("scale", "<f2", dims[:1])))
+    shape, grids = decode_grids(data)
+    table, weights = shape.parameters(), {}
+    for name in table:
+        with np.errstate(over="ignore", invalid="ignore"):
+            weights[name] = grids.pop(name).weights().reshape(table[name])
         if not np.isfinite(weights[name]).all():
             raise UsageError(f"The artifact's tensor {name} is not finite.")
-    return weights
+    return shape, weights
 
 
-def load(path: Path) -> tuple[Shape, dict[str, np.ndarray]]:
+def load_artifact(path: Path) -> tuple[Shape, dict[str, np.ndarray]]:
     """Read an artifact from disk. Raises UsageError."""
     try:
         return decode(path.read_bytes())

@@ -60,10 +60,6 @@ class Shape:
     """U-Net skips over the effective layers: the first half pushes, the second half pops."""
     pass_scalars: bool = False
     """Give every pass of a shared block its own scales, mixes, gains and skip weights (a few kB)."""
-    matrix_bits: int = 8
-    """Width of the integer grid of the blocks' matrices, 4 to 8."""
-    embed_bits: int = 8
-    """Width of the integer grid of the tied embedding, 4 to 8."""
 
     @property
     def head_size(self) -> int:
@@ -212,6 +208,12 @@ class Recipe:
     """Rates fall to this share of their start."""
     clip_norm: float = 0.0
     """Clip the gradient's global norm to this; 0 is off."""
+    grid_noise: Literal["off", "uniform", "straight-through"] = "off"
+    """Train shared blocks against the artifact's rounding: uniform noise of a step's size, or rounded weights."""
+    noise_from: float = 0.85
+    """Fraction of the clock from which they do."""
+    noise_step: float = 0.0
+    """Step of that grid in standard deviations of a row; 0 is pack.matrix_step."""
     embed_std: float = 0.005
     """Standard deviation of the embedding at the start."""
     qk_gain: float = 1.5
@@ -226,6 +228,32 @@ class Recipe:
         """Muon's momentum at `progress` in [0, 1] of the clock."""
         share = min(1.0, progress / self.momentum_warmup) if self.momentum_warmup > 0 else 1.0
         return self.momentum_start + (self.momentum - self.momentum_start) * share
+
+
+@dataclass(frozen=True)
+class Pack:
+    """How weights become bytes. With both steps 0 they are chosen so that the artifact fills its cap."""
+
+    matrix_step: float = 0.0
+    """Grid step of the blocks' matrices in standard deviations of their rows."""
+    embed_step: float = 0.0
+    """Grid step of the tied embedding, likewise."""
+    rounding: Literal["feedback", "nearest"] = "feedback"
+    """Feed each rounding error forward into the weights not yet rounded, or round each to the nearest."""
+    quantizer: Literal["scalar", "trellis"] = "trellis"
+    """One grid, or the two of a trellis: 0.16 bits a weight less at the same error."""
+    column_steps: bool = True
+    """Give columns of a matrix steps of their own, finer where errors cost more."""
+    row_power: float = 0.0
+    """Steps of a tensor's rows go with this power of their standard deviation."""
+    rate_weight: float = 0.0
+    """Prefer the cheaper of two neighbouring grid points; 1 weighs bits as the whole grid does."""
+    coder: Literal["adaptive", "static"] = "adaptive"
+    """Tables that follow rows or columns where that is shorter, or one table a tensor."""
+    calibration_batches: int = 16
+    """Batches of training text for the sensitivities, taken from the training time; 0 collects none."""
+    target_bytes: int = 0
+    """Bytes of the artifact where steps are chosen; 0 is the track's cap less the code and 0.05 %."""
 
 
 @dataclass(frozen=True)
@@ -257,6 +285,8 @@ class Run:
     """Steps between looks at the validation loss, outside the clock; 0 is only at the end."""
     log_every: int = 20
     """Steps between progress lines."""
+    checkpoint: bool = False
+    """Write the weights and sensitivities beside the artifact, for `artifact.py pack`; they do not count."""
     judge: bool = True
     """Have the referee score the packed artifact at the end."""
     allow_over_cap: bool = False
@@ -288,6 +318,7 @@ class Config:
     """Whose limits hold."""
     shape: Shape = field(default_factory=Shape)
     recipe: Recipe = field(default_factory=Recipe)
+    pack: Pack = field(default_factory=Pack)
     run: Run = field(default_factory=Run)
 
     @property
@@ -299,16 +330,24 @@ class Config:
         """Seconds on the training clock: the track's, or fewer when --run.cap asks for fewer."""
         return self.run.cap or self.limits.train_seconds
 
+    def target_bytes(self, code_bytes: int) -> int:
+        """Bytes that the artifact may take beside this much code."""
+        return self.pack.target_bytes or int((self.limits.bytes_cap - code_bytes) * 0.9995)
+
     @property
     def fingerprint(self) -> str:
-        """Hash of track, shape and recipe: equal for all seeds and machines of one configuration."""
-        text = json.dumps([self.track, asdict(self.shape), asdict(self.recipe)], sort_keys=True)
+        """Hash of track, shape, recipe and packing: equal for all seeds and machines of one configuration."""
+        text = json.dumps([self.track, asdict(self.shape), asdict(self.recipe), asdict(self.pack)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self, world_size: int = 1) -> Config:
         """Return self, or raise UsageError naming the first option that cannot work."""
         check_shape(self.shape)
         check_recipe(self.recipe, self.run, world_size)
+        check_pack(self.pack)
+        step = self.recipe.noise_step or self.pack.matrix_step
+        told = self.recipe.grid_noise == "off" or step > 0
+        require(told, "recipe.noise_step", self.recipe.noise_step, "name the grid's step in row deviations")
         for name in ("seed", "threads", "max_steps", "cap", "validate_every", "log_every"):
             require(getattr(self.run, name) >= 0, f"run.{name}", getattr(self.run, name), "give 0 or more")
         limit = self.limits.train_seconds
@@ -322,13 +361,13 @@ def require(condition: bool, option: str, value: object, way_out: str) -> None:
         raise UsageError(f"--{option.replace('_', '-')} {value}: {way_out}.")
 
 
-LARGEST = {"vocab_size": 65_536, "width": 65_536, "heads": 4096, "kv_heads": 4096, "core": 1024, "loops": 1024,
+MOST = {"vocab_size": 65_536, "width": 65_536, "heads": 4096, "kv_heads": 4096, "core": 1024, "loops": 1024,
            "prelude": 1024, "coda": 1024, "mlp_ratio": 64.0, "rope_base": 1e9, "softcap": 1e9}  # fmt: skip
 
 
 def check_shape(shape: Shape) -> None:
     """Raise UsageError for a shape that no model can have."""
-    for name, most in LARGEST.items():
+    for name, most in MOST.items():
         value = getattr(shape, name)
         require(value <= most, f"shape.{name}", value, f"give at most {most:g}")  # also refuses nan
     for name in ("vocab_size", "width", "heads", "kv_heads", "core", "loops"):
@@ -346,8 +385,6 @@ def check_shape(shape: Shape) -> None:
     require(shape.mlp_width >= 1, "shape.mlp_ratio", shape.mlp_ratio, "give more than 0")
     require(shape.softcap > 0, "shape.softcap", shape.softcap, "give more than 0")
     require(shape.rope_base > 1, "shape.rope_base", shape.rope_base, "give more than 1")
-    for name in ("matrix_bits", "embed_bits"):
-        require(4 <= getattr(shape, name) <= 8, f"shape.{name}", getattr(shape, name), "give 4 to 8")
 
 
 def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:
@@ -366,10 +403,11 @@ def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:
     micro = run.micro_rows
     share = rows // world_size
     require(micro >= 0 and (micro == 0 or share % micro == 0), "run.micro_rows", micro, f"must divide {share} rows")
-    for name in ("loops_from", "momentum_warmup", "warmdown", "rate_floor", "momentum", "momentum_start"):
+    for name in ("loops_from", "noise_from", "momentum_warmup", "warmdown", "rate_floor", "momentum", "momentum_start"):
         value = getattr(recipe, name)
         require(0 <= value <= 1, f"recipe.{name}", value, "give a fraction from 0 to 1")
-    for name in ("matrix_rate", "embed_rate", "scalar_rate", "matrix_decay", "embed_decay", "clip_norm", "embed_std"):
+    for name in ("matrix_rate", "embed_rate", "scalar_rate", "matrix_decay", "embed_decay", "clip_norm", "embed_std",
+                 "noise_step"):  # fmt: skip
         value = getattr(recipe, name)
         require(0 <= value < float("inf"), f"recipe.{name}", value, "give 0 or more")
     for name in ("adam_beta1", "adam_beta2"):
@@ -379,18 +417,36 @@ def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:
     require(recipe.newton_schulz_steps >= 1, "recipe.newton_schulz_steps", recipe.newton_schulz_steps, "give 1 or more")
 
 
-def shape_from_dict(values: object) -> Shape:
-    """Shape from a stranger's JSON object, types and ranges checked. Raises UsageError."""
+def check_pack(pack: Pack) -> None:
+    """Raise UsageError for steps that are no grid, or only one of the two."""
+    for name in ("matrix_step", "embed_step"):
+        value = getattr(pack, name)
+        require(value == 0 or 0.005 <= value <= 3, f"pack.{name}", value, "give 0.005 to 3 deviations, or 0 to choose")
+    both = (pack.matrix_step > 0) == (pack.embed_step > 0)
+    require(both, "pack.embed_step", pack.embed_step, "give both steps, or neither")
+    for name, most in (("row_power", 1), ("rate_weight", 2), ("calibration_batches", 4096)):
+        value = getattr(pack, name)
+        require(0 <= value <= most, f"pack.{name}", value, f"give 0 to {most}")
+    require(pack.target_bytes >= 0, "pack.target_bytes", pack.target_bytes, "give 0 or more")
+
+
+def fields_from_dict(kind: type, values: object, what: str):
+    """A flat dataclass from a stranger's JSON object, names and types checked. Raises UsageError."""
     if not isinstance(values, dict):
-        raise UsageError("The shape is not a JSON object.")
-    kinds = {f.name: type(f.default) for f in fields(Shape)}
+        raise UsageError(f"The {what} is not a JSON object.")
+    kinds = {f.name: type(f.default) for f in fields(kind)}
     unknown = sorted(set(values) - set(kinds))
     if unknown:
-        raise UsageError(f"The shape has the unknown field {unknown[0]!r}.")
+        raise UsageError(f"The {what} has the unknown field {unknown[0]!r:.60}.")
     for name, value in values.items():
         wanted = (int, float) if kinds[name] is float else (kinds[name],)
         if type(value) not in wanted:
-            raise UsageError(f"The shape's field {name} is {value!r}, not of type {kinds[name].__name__}.")
-    shape = Shape(**values)
+            raise UsageError(f"The {what}'s field {name} is {value!r:.60}, not of type {kinds[name].__name__}.")
+    return kind(**values)
+
+
+def shape_from_dict(values: object) -> Shape:
+    """Shape from a stranger's JSON object, types and ranges checked. Raises UsageError."""
+    shape = fields_from_dict(Shape, values, "shape")
     check_shape(shape)
     return shape

@@ -138,8 +138,22 @@ class Journal:
         why = f": {row['reason']}" if row["reason"] else ""
         print(f"training {row['status']}{why} after {row['steps']} steps, {row['train_seconds']:.2f} s", flush=True)
 
+    def on_calibrated(self, row: dict) -> None:
+        print(f"calibrated on {row['batches']} batches in {row['seconds']:.1f} s (reserve {row['reserve']:.1f} s)")
+
+    def on_packed(self, row: dict) -> None:
+        loss = row["predicted_loss"]
+        expected = f", expected to cost {loss:.5f} nats a token" if loss is not None else ""
+        print(f"packed in {row['seconds']:.1f} s: {row['bytes']:,} bytes{expected}", flush=True)
+        for note in row["notes"]:
+            print(note)
+
     def on_unpacked(self, row: dict) -> None:
         print(f"before packing: val_loss {row['val_loss']:.5f}  val_bpb {row['val_bpb']:.5f}", flush=True)
+
+    def on_penalty(self, row: dict) -> None:
+        costs = ", ".join(f"{loops} loops {bpb:+.5f}" for loops, bpb in row["bpb"].items())
+        print(f"packing costs, bpb: {costs}", flush=True)
 
     def close_with(self, record: object) -> None:
         """Log the finished record and print its closing block."""

@@ -54,6 +54,11 @@ class Machine:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def add_up(self, tensor: Tensor) -> None:
+        """Make a tensor the sum of all ranks', in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+
 
 def keep_memory() -> None:
     """Have glibc keep freed blocks instead of handing them back and faulting every page in again.

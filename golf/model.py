@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+# Told of a matrix's input (B, T, C) and output (B, T, R) at each use, when Hessians are collected.
+Tap = Callable[[str, Tensor, Tensor], None]
 QUERY_BLOCK = 64  # queries that a short row on a CPU attends at a time
 
 
@@ -89,6 +92,7 @@ class Block(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         self.heads, self.kv_heads, self.head_size = shape.heads, shape.kv_heads, shape.head_size
+        self.tap: Tap | None = None
         width, kv_width, hidden = shape.width, shape.kv_width, shape.mlp_width
         self.query = nn.Parameter(torch.empty(width, width))
         self.key = nn.Parameter(torch.empty(kv_width, width))
@@ -103,13 +107,18 @@ class Block(nn.Module):
         kv_width = self.kv_heads * self.head_size
         weight = torch.cat((self.query, self.key, self.value)).to(x.dtype)  # one product instead of three
         q, k, v = F.linear(x, weight).split((width, kv_width, kv_width), dim=-1)
+        if self.tap:
+            self.tap("query", x, q), self.tap("key", x, k), self.tap("value", x, v)
         q = q.view(batch, length, self.heads, self.head_size).transpose(1, 2)  # (B, H, T, head)
         k = k.view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
         v = v.view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
         q = rotate(F.rms_norm(q, (self.head_size,)), cos, sin) * gain.to(x.dtype)[:, None, None]
         k = rotate(F.rms_norm(k, (self.head_size,)), cos, sin)
-        y = causal_attention(q, k, v)
-        return F.linear(y.transpose(1, 2).reshape(batch, length, width), self.out.to(x.dtype))
+        y = causal_attention(q, k, v).transpose(1, 2).reshape(batch, length, width)
+        out = F.linear(y, self.out.to(x.dtype))
+        if self.tap:
+            self.tap("out", y, out)
+        return out
 
     def forward(
         self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, attn_scale: Tensor, mlp_scale: Tensor, mix: Tensor,
@@ -120,8 +129,13 @@ class Block(nn.Module):
         mix = mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         x = x + attn_scale.to(x.dtype) * self.attend(F.rms_norm(x, width), gain, cos, sin)
-        hidden = F.relu(F.linear(F.rms_norm(x, width), self.up.to(x.dtype))).square()
-        return x + mlp_scale.to(x.dtype) * F.linear(hidden, self.down.to(x.dtype))
+        normal = F.rms_norm(x, width)
+        up = F.linear(normal, self.up.to(x.dtype))
+        hidden = F.relu(up).square()
+        down = F.linear(hidden, self.down.to(x.dtype))
+        if self.tap:
+            self.tap("up", normal, up), self.tap("down", hidden, down)
+        return x + mlp_scale.to(x.dtype) * down
 
 
 class RecurrentGPT(nn.Module):
@@ -143,6 +157,7 @@ class RecurrentGPT(nn.Module):
         self.qk_gain = nn.Parameter(torch.empty(rows, shape.heads))
         if self.skip_rows:
             self.skip_weight = nn.Parameter(torch.empty(len(self.skip_rows), shape.width))
+        self.tap: Tap | None = None
         self.angles: dict[tuple, tuple[Tensor, Tensor]] = {}
         stored = {name: tuple(p.shape) for name, p in self.named_parameters()}
         assert stored == shape.parameters(), "the model's parameters are not those the shape lists"
@@ -181,7 +196,10 @@ class RecurrentGPT(nn.Module):
         """tokens (B, T) int64 -> normalised final states (B, T, D) in `dtype`."""
         shape = self.shape
         cos, sin = self.rotary(tokens.size(1), tokens.device, dtype)
-        x = F.rms_norm(F.embedding(tokens, self.embedding).to(dtype), (shape.width,))
+        found = F.embedding(tokens, self.embedding).to(dtype)
+        if self.tap:
+            self.tap("lookup", tokens, found)
+        x = F.rms_norm(found, (shape.width,))
         x0, pushed = x, []
         pops = shape.skip_layers(loops)
         for layer, (block, row) in enumerate(shape.layers(loops)):
@@ -196,7 +214,10 @@ class RecurrentGPT(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Final states (..., D) -> capped logits (..., V) float32."""
-        logits = F.linear(x, self.embedding.to(x.dtype)).float()
+        logits = F.linear(x, self.embedding.to(x.dtype))
+        if self.tap:
+            self.tap("head", x, logits)
+        logits = logits.float()
         return self.shape.softcap * torch.tanh(logits / self.shape.softcap)
 
     def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:

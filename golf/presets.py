@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from golf.config import Config, Recipe, Run, Shape, require
+from golf.config import Config, Pack, Recipe, Run, Shape, require
 from golf.console import parse
 
 BASELINE = Config("baseline", "contest", Shape(), Recipe())
 
 
-def seed_table(name: str, width: int, unique: int, loops: int, bits: int) -> Config:
+def seed_table(name: str, width: int, unique: int, loops: int) -> Config:
     """A row of the looping proposal: `unique` blocks run `loops` times, head size 64, half as many KV heads."""
     heads = width // 64
-    shape = Shape(
-        width=width, heads=heads, kv_heads=heads // 2, core=unique, loops=loops, matrix_bits=bits, embed_bits=bits
-    )
+    shape = Shape(width=width, heads=heads, kv_heads=heads // 2, core=unique, loops=loops)
     return Config(name, "contest", shape, Recipe(shared_rate="divided"))
 
 
-LAPTOP_SHAPE = Shape(width=128, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3, matrix_bits=6, embed_bits=7)
+LAPTOP_SHAPE = Shape(width=128, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3)
 LAPTOP_RECIPE = Recipe(
     sequence_length=256, batch_tokens=8192, loader="lanes", matrix_rate=0.03, embed_rate=0.05, scalar_rate=0.03,
     momentum_warmup=0.1, warmdown=1.0, newton_schulz="polar-express", row_normalize=True, clip_norm=1.0,
@@ -31,44 +29,43 @@ PRESETS = {
     config.preset: config
     for config in (
         BASELINE,
-        seed_table("3x3-768", 768, 3, 3, 8),
-        seed_table("3x4-768", 768, 3, 4, 8),
-        seed_table("3x3-1024", 1024, 3, 3, 6),
-        seed_table("4x3-768", 768, 4, 3, 7),
-        seed_table("2x6-1024", 1024, 2, 6, 8),
-        seed_table("4x3-640", 640, 4, 3, 8),
+        seed_table("3x3-768", 768, 3, 3),
+        seed_table("3x4-768", 768, 3, 4),
+        seed_table("3x3-1024", 1024, 3, 3),
+        seed_table("4x3-768", 768, 4, 3),
+        seed_table("2x6-1024", 1024, 2, 6),
+        seed_table("4x3-640", 640, 4, 3),
         Config(
             "record",
             "contest",
-            Shape(
-                vocab_size=8192, mlp_ratio=4.0, prelude=3, core=3, coda=5, loops=3, matrix_bits=4, embed_bits=5
-            ),
+            Shape(vocab_size=8192, mlp_ratio=4.0, prelude=3, core=3, coda=5, loops=3),
             Recipe(
                 sequence_length=2048, batch_tokens=786_432, matrix_rate=0.026, embed_rate=0.03, scalar_rate=0.02,
                 loops_from=0.35, momentum=0.97, momentum_start=0.92, momentum_warmup=0.3,
                 newton_schulz="polar-express", row_normalize=True, matrix_decay=0.095, embed_decay=0.085,
                 adam_beta2=0.99, warmdown=0.85, rate_floor=0.1, clip_norm=0.3, qk_gain=5.0,
             ),
-            Run(micro_rows=0),
         ),
         Config(
             "gpu24gb",
             "contest",
-            Shape(
-                width=640, heads=10, kv_heads=5, prelude=2, core=2, coda=2, loops=3, mlp_ratio=3.0, matrix_bits=5,
-                embed_bits=6,
-            ),
+            Shape(width=640, heads=10, kv_heads=5, prelude=2, core=2, coda=2, loops=3, mlp_ratio=3.0),
             Recipe(
                 sequence_length=1024, batch_tokens=131_072, matrix_rate=0.03, newton_schulz="polar-express",
                 row_normalize=True, loops_from=0.35, warmdown=0.6, clip_norm=1.0,
             ),
-            Run(micro_rows=32),
+            run=Run(micro_rows=32),
         ),
         Config("laptop", "laptop", LAPTOP_SHAPE, LAPTOP_RECIPE),
         Config("laptop_flat", "laptop", replace(LAPTOP_SHAPE, loops=1), LAPTOP_RECIPE),
         Config(
             "laptop_naive", "laptop", Shape(width=96, heads=4, kv_heads=2, core=4),
             replace(BASELINE.recipe, sequence_length=512, batch_tokens=16_384),
+            # int8 at 127 steps to a row's largest weight.
+            Pack(
+                1 / 40, 1 / 40, rounding="nearest", quantizer="scalar", column_steps=False, row_power=1.0,
+                coder="static", calibration_batches=0,
+            ),
             Run(dtype="float32"),  # as the contest's trainer ported to a CPU: compiled, in float32
         ),
         Config(

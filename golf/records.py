@@ -14,7 +14,7 @@ from types import NoneType
 from typing import get_args, get_type_hints
 
 from golf.bundle import ROOT
-from golf.config import Config, UsageError
+from golf.config import TRACKS, Config, Pack, Recipe, Run, Shape, UsageError, fields_from_dict
 from golf.data import Corpus, write_bytes
 from golf.folders import sizes
 
@@ -60,6 +60,8 @@ class Record:
     train_loss: float | None = None
     unpacked_val_loss: float | None = None
     unpacked_val_bpb: float | None = None
+    quantization_penalty: dict = field(default_factory=dict)
+    """Bits a byte that packing costs at each number of loops, on a part of the validation split."""
     val_tokens: int | None = None
     val_bytes: int | None = None
     model_sha256: str = ""
@@ -158,13 +160,45 @@ def create_folder(folder: Path) -> None:
         raise UsageError(f"--run.runs: {folder} cannot be written ({error.strerror}), give another folder.") from error
 
 
+def config_of(record: Record) -> Config:
+    """The configuration that a record tells of. Raises UsageError for one that this program cannot run."""
+    told = record.config
+    parts = {"shape": Shape, "recipe": Recipe, "pack": Pack, "run": Run}
+    try:
+        values = {name: fields_from_dict(kind, told[name], name) for name, kind in parts.items()}
+        config = Config(str(told["preset"]), told["track"], **values)
+    except KeyError as error:
+        raise UsageError(
+            f"{record.name}: its record has no {error}; it is older than this program or not its own."
+        ) from error
+    if config.track not in TRACKS:
+        raise UsageError(f"{record.name}: the track {config.track!r:.60} is unknown.")
+    return config.check()
+
+
+def write_checkpoint(folder: Path, result: object) -> None:
+    """The weights, and the sensitivities where there are any, as safetensors files beside the artifact."""
+    from golf.checkpoint import write_sensitivities, write_weights
+
+    weights = {name: p.detach().float().cpu().numpy() for name, p in result.model.named_parameters()}
+    write_weights(folder / "checkpoint.safetensors", result.model.shape, weights)
+    if result.sensitivities:
+        write_sensitivities(folder / "hessians.safetensors", result.model.shape, result.sensitivities)
+
+
 def number(value: float | None) -> float | None:
     """The value, or nothing when JSON has no word for it."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def from_run(
-    folder: Path, config: Config, corpus: Corpus, result: object, unpacked: object | None, environment: dict
+    folder: Path,
+    config: Config,
+    corpus: Corpus,
+    result: object,
+    unpacked: object | None,
+    environment: dict,
+    penalty: dict[str, float],
 ) -> Record:
     """The record of a finished run that has not been judged yet."""
     measured = sizes(folder)
@@ -182,6 +216,7 @@ def from_run(
         tokens_per_second=round(result.tokens / result.train_seconds, 1) if result.train_seconds else 0.0,
         train_seconds=round(result.train_seconds, 3), train_loss=number(result.loss),
         unpacked_val_loss=number(unpacked and unpacked.loss), unpacked_val_bpb=number(unpacked and unpacked.bpb),
+        quantization_penalty={k: v for k, v in penalty.items() if number(v) is not None},
         config=json.loads(json.dumps(asdict(config))), environment=environment, record=str(folder),
     )  # fmt: skip
 

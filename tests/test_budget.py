@@ -2,15 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import run
 
 import budget
-from golf import bundle, codec
-from golf.config import Config, Shape, UsageError
+from golf import codec
+from golf.config import Config, Pack, Shape, UsageError
 from golf.presets import PRESETS
+from golf.quantize import COARSEST, FINEST, quantize
 
 
 def test_steps_are_within_a_tenth_of_the_real_runs():
@@ -42,23 +44,43 @@ def test_flops_are_six_a_parameter_and_attention():
     assert shape.parameter_count == 17_059_912
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
-@pytest.mark.parametrize("columns", [96, 512])
-def test_grid_bits_are_the_entropy_of_gaussian_rows(bits, columns):
-    weight = np.random.default_rng(0).standard_normal((4000, columns)).astype(np.float32)
-    integers = codec.quantize(weight, bits).integers
-    _, counts = np.unique(integers, return_counts=True)
+@pytest.mark.parametrize("step", [0.05, 0.3, 1.0, 1.5])
+def test_symbol_bits_are_the_entropy_of_gaussian_rows(step):
+    weight = np.random.default_rng(0).standard_normal((2000, 512)).astype(np.float32)
+    _, counts = np.unique(np.rint(weight / step), return_counts=True)
     p = counts / counts.sum()
-    entropy = -(p * np.log2(p)).sum()
-    assert budget.grid_bits(columns, bits) == pytest.approx(entropy, rel=0.015)
+    assert budget.symbol_bits(step, "scalar") == pytest.approx(-(p * np.log2(p)).sum(), rel=0.003)
 
 
-def test_predicted_bytes_of_gaussian_weights():
-    shape = Shape(vocab_size=1024, width=128, heads=2, kv_heads=1, core=3, matrix_bits=6, embed_bits=6)
+@pytest.mark.parametrize("pack", [
+    Pack(0.35, 0.2, quantizer="scalar", coder="static"), Pack(0.35, 0.2), Pack(0.1, 0.1), Pack(0.9, 0.5),
+    Pack(0.02, 0.02, rounding="nearest", quantizer="scalar", row_power=1.0, coder="static"),
+])  # fmt: skip
+def test_predicted_bytes_of_gaussian_weights(pack):
+    shape = Shape(vocab_size=1024, width=128, heads=2, kv_heads=1, core=3)
     rng = np.random.default_rng(0)
     weights = {n: rng.standard_normal(d).astype(np.float32) for n, d in shape.parameters().items()}
-    predicted = sum(budget.artifact_bytes(Config(shape=shape)).values())
-    assert predicted == pytest.approx(len(codec.encode(shape, weights)), rel=0.02)
+    pack = replace(pack, calibration_batches=0)
+    data, _ = quantize(shape, weights, pack, 0, None, lambda grids: codec.encode(shape, grids, {}, pack.coder))
+    predicted = sum(budget.artifact_bytes(Config(shape=shape, pack=pack), 0).values())
+    assert predicted == pytest.approx(len(data), rel=0.01)
+
+
+def test_the_codec_and_the_plan_have_the_same_limits():
+    assert (budget.FINEST, budget.COARSEST) == (FINEST, COARSEST)
+
+
+def test_fit_answers_the_proposals_question():
+    done = run("budget.py", "fit", "--track", "contest", "--unique", "3", "--loops", "1,3", "--json")
+    rows = json.loads(done.stdout)
+    assert all(row["bytes_total"] <= 16_000_000 for row in rows)
+    looped = {row["width"]: row for row in rows if row["loops"] == 3}
+    assert {768, 1024} <= set(looped)
+    assert looped[768]["bits"] > looped[1024]["bits"] > 4
+    assert looped[768]["steps"] > looped[1024]["steps"]
+    assert all(row["steps"] < row["steps_unlooped"] / 1.5 for row in looped.values())
+    said = run("budget.py", "fit", "--width", "768,1024").stdout
+    assert "costs no bytes but all of its time" in said and "8xH100" in said
 
 
 def test_the_table_sets_claims_beside_predictions():
@@ -90,7 +112,8 @@ def test_commands_that_need_no_torch_do_not_import_it():
 def test_mistakes_are_one_sentence():
     cases = {
         "nothing": "baseline", "laptop --machine TPU": "--machine TPU", "laptop --machine": "--machine",
-        "laptop --shape.width 101": "--shape.width 101", "": "Expected one of",
+        "laptop --shape.width 101": "--shape.width 101", "": "Expected one of", "fit --unique x": "--unique x",
+        "fit --unique 4000": "--unique", "fit --track moon": "--track moon", "fit 7": "7", "fit --width": "--width",
     }  # fmt: skip
     for words, said in cases.items():
         done = run("budget.py", *words.split())
@@ -100,14 +123,6 @@ def test_mistakes_are_one_sentence():
 def test_an_oversized_model_does_not_fit():
     done = run("budget.py", "laptop", "--shape.width", "512", "--json")
     assert done.returncode == 1 and json.loads(done.stdout)["fits"] is False
-
-
-def test_code_bytes_are_those_that_ship_and_the_same_every_time():
-    first, second = bundle.counted_files(), bundle.counted_files()
-    assert first == second
-    assert bundle.code_bytes() == sum(map(len, first.values()))
-    source = sum((ROOT / "golf" / f"{n}.py").stat().st_size for n in bundle.COUNTED)
-    assert len(first["golf.zip"]) < source / 2
 
 
 def test_memory_grows_with_the_micro_batch():

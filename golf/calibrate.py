@@ -1,0 +1,130 @@
+"""Sensitivities of the matrices, from gradients on training text, summed over every pass of a shared block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from golf.config import Config, tensor_class
+from golf.machine import Machine
+from golf.model import RecurrentGPT
+from golf.quantize import Sensitivity
+
+
+class Collector:
+    """Hessian sums of one model, filled through its taps while batches run forward and backward."""
+
+    def __init__(self, model: RecurrentGPT, weighted: bool = True):
+        self.model, self.weighted = model, weighted
+        self.sums = {
+            name: torch.zeros(p.shape[1], p.shape[1], device=p.device)
+            for name, p in model.named_parameters()
+            if tensor_class(name) != "control"
+        }
+        self.gradients = {name: torch.zeros((), device=model.embedding.device) for name in self.sums}
+        self.rows = torch.zeros(model.shape.vocab_size, device=model.embedding.device)
+        self.tokens = self.batches = 0
+        self.uses = dict.fromkeys(self.sums, 0)
+        model.tap = self.embedding
+        for index, block in enumerate(model.blocks):
+            block.tap = partial(self.matrix, f"blocks.{index}.")
+
+    def matrix(self, prefix: str, role: str, x: Tensor, y: Tensor) -> None:
+        """Note a matrix's inputs; its outputs' gradients add to the sums when they come."""
+        y.register_hook(partial(self.add, prefix + role, x.detach()))
+
+    def embedding(self, use: str, x: Tensor, y: Tensor) -> None:
+        """The tied embedding: as a matrix at the head, and as rows looked up at the start."""
+        y.register_hook(partial(self.add_lookup if use == "lookup" else self.add_head, x.detach()))
+
+    def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        """Sum over tokens of |g|^2 / R x x'; of a mean loss's gradient, so `finish` multiplies by the tokens."""
+        x, gradient = x.flatten(0, -2).float(), gradient.flatten(0, -2).float()
+        weight = gradient.square().mean(dim=1, keepdim=True)
+        self.gradients[name] += weight.sum()
+        self.uses[name] += len(x)
+        self.sums[name] += (x * weight).mT @ x if self.weighted else x.mT @ x
+
+    def add_head(self, x: Tensor, gradient: Tensor) -> None:
+        self.add("embedding", x, gradient)
+        x = x.flatten(0, -2).float()
+        self.rows += (gradient.flatten(0, -2).float().square().mT @ x.square().mean(dim=1, keepdim=True))[:, 0]
+
+    def add_lookup(self, tokens: Tensor, gradient: Tensor) -> None:
+        weight = gradient.flatten(0, -2).float().square().mean(dim=1)
+        self.rows.index_add_(0, tokens.flatten(), weight)
+        self.sums["embedding"].diagonal().add_(weight.sum() / self.rows.numel())
+
+    def batch(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> None:
+        """Forward and backward over one batch (B, T) at full depth; the parameters' own gradients are dropped."""
+        self.model(tokens, targets, dtype=dtype).backward()
+        self.model.zero_grad(set_to_none=True)
+        self.tokens += tokens.numel()
+        self.batches += 1
+
+    def finish(self, machine: Machine) -> dict[str, Sensitivity]:
+        """Means over the tokens of all ranks; the taps are taken off."""
+        self.model.tap = None
+        for block in self.model.blocks:
+            block.tap = None
+        tokens, batches = machine.total([self.tokens, self.batches])
+        # A mean loss's gradient at a token is 1 / (tokens of the batch) of that token's, and it is squared here.
+        scale = (tokens / batches) / batches
+        found = {}
+        for name, hessian in self.sums.items():
+            machine.add_up(hessian)
+            if not self.weighted:
+                hessian *= float(self.gradients[name]) / self.uses[name]
+            rows = np.ones(self.model.get_parameter(name).shape[0])
+            found[name] = Sensitivity(hessian.double().cpu().numpy() * scale, rows)
+        machine.add_up(self.rows)
+        rows = self.rows.double().cpu().numpy()
+        found["embedding"] = Sensitivity(found["embedding"].hessian, rows / max(rows.mean(), 1e-300))
+        return found
+
+
+def twin_of(model: RecurrentGPT) -> RecurrentGPT:
+    """A copy that is not compiled: taps change what runs."""
+    twin = RecurrentGPT(model.shape).to(model.embedding.device)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def reserve_seconds(model: RecurrentGPT, config: Config, machine: Machine, micro_rows: int) -> float:
+    """Training seconds to set aside for calibrate(), by timing a batch of synthetic tokens; alike on all ranks."""
+    batches = config.pack.calibration_batches
+    if not batches or config.run.max_steps:
+        return 0.0
+    length = config.recipe.sequence_length
+    tokens = (
+        torch.arange(micro_rows * (length + 1), device=machine.device).view(micro_rows, -1) % model.shape.vocab_size
+    )
+    collector = Collector(twin_of(model))
+    taken = []
+    for _ in range(3):
+        began = machine.now()
+        collector.batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), machine.dtype)
+        taken.append(machine.now() - began)
+    return machine.largest(1.25 * batches * min(taken[1:]) + max(taken[0] - min(taken[1:]), 0.0) + 0.1)
+
+
+def calibrate(
+    model: RecurrentGPT, source: Iterator, config: Config, machine: Machine, seconds_left: Callable[[], float]
+) -> tuple[dict[str, Sensitivity] | None, int]:
+    """Sensitivities from the next batches of training text (the first micro-batch of each), and how many there were:
+    fewer than asked for when time runs out, none when not one fits."""
+    collector = Collector(twin_of(model))
+    slowest = 0.0
+    for _ in range(config.pack.calibration_batches):
+        left = seconds_left()
+        if machine.largest(slowest - left) > 0:
+            break
+        inputs, targets = (torch.from_numpy(a).to(machine.device) for a in next(source)[0])
+        collector.batch(inputs, targets, machine.dtype)
+        machine.now()
+        slowest = max(slowest, left - seconds_left())
+    return (collector.finish(machine) if collector.batches else None), collector.batches
