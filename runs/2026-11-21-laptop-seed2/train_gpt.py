@@ -1,0 +1,285 @@
+"""Train a depth-recurrent language model against the clock, pack it, have it judged, write the record.
+
+    python train_gpt.py PRESET [flags]
+    torchrun --standalone --nproc_per_node=8 train_gpt.py PRESET [flags]
+
+In a run folder this file is also the submission: load_scorer(folder) returns the packed model's Scorer.
+"""
+
+from __future__ import annotations
+import sys
+from os.path import dirname
+sys.path.insert(0, (dirname(__file__) or '.') + '/golf.zip')
+
+import sys
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answer before torch takes its second to load
+    from golf.console import run_script
+    from golf.presets import parse_command_line
+
+    sys.exit(run_script(lambda: parse_command_line(sys.argv[1:])))
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from golf import codec
+from golf.bpb import Score, windows
+from golf.clock import Clock, StepCounter
+from golf.config import Config, UsageError
+from golf.data import Corpus, TokenStream, batches, write_bytes
+from golf.machine import Machine, accumulate, compile_model, keep_memory, set_up, warm_up_in_memory
+from golf.model import RecurrentGPT
+from golf.muon import Optimizers
+
+VALIDATION_TOKENS = 16_384  # tokens a rank scores at a time
+
+
+# == the submission's side: from the packed artifact to distributions ============================================
+
+
+class Scorer:
+    """The packed model as the referee asks for it: log-probabilities of every piece after every prefix."""
+
+    def __init__(self, folder: Path | str):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        shape, weights = codec.load(Path(folder) / "model.bin")
+        self.model = RecurrentGPT(shape)
+        self.model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
+        self.model.to(self.device).eval()
+        self.vocab = shape.vocab_size
+
+    @torch.inference_mode()
+    def logprobs(self, tokens: np.ndarray) -> np.ndarray:
+        """tokens (B, T) int64 -> natural-log probabilities (B, T, V) float32 of the piece after each position."""
+        logits = self.model(torch.from_numpy(np.ascontiguousarray(tokens)).to(self.device), dtype=self.dtype)
+        return torch.log_softmax(logits, dim=-1).cpu().numpy()
+
+
+def load_scorer(folder: Path | str) -> Scorer:
+    """Load the artifact in `folder`. Raises UsageError when it is missing or damaged."""
+    keep_memory()
+    return Scorer(folder)
+
+
+# == training ====================================================================================================
+
+
+@dataclass
+class Result:
+    """What training leaves."""
+
+    model: RecurrentGPT
+    status: str = "complete"  # complete | interrupted | crash
+    reason: str = ""
+    steps: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    loss: float = float("nan")
+
+
+class Rollback:
+    """The weights and the count of steps before the last update, to return to when it must not stand."""
+
+    def __init__(self, result: Result):
+        self.result = result
+        self.weights = [p.detach().clone() for p in result.model.parameters()]
+        self.counts = (0, 0, 0.0, float("nan"))
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Before an update: keep the weights, whose loss has just been found finite."""
+        torch._foreach_copy_(self.weights, list(self.result.model.parameters()))
+        self.counts = (self.result.steps, self.result.tokens, self.result.train_seconds, self.result.loss)
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """Undo the last update."""
+        torch._foreach_copy_(list(self.result.model.parameters()), self.weights)
+        self.result.steps, self.result.tokens, self.result.train_seconds, self.result.loss = self.counts
+
+
+class Interrupt:
+    """Whether Ctrl-C or SIGTERM has asked the run to end. A second one, later than a launcher's echo of the first,
+    ends the program at once."""
+
+    ECHO_SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self.asked_at: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.asked_at is not None
+
+    @contextmanager
+    def watched(self) -> Iterator[Interrupt]:
+        before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle(self, number: int, frame: object) -> None:
+        if self.asked_at is not None and time.monotonic() - self.asked_at > self.ECHO_SECONDS:
+            raise KeyboardInterrupt
+        self.asked_at = self.asked_at or time.monotonic()
+
+
+@torch.no_grad()
+def validate(model: RecurrentGPT, tokens: np.ndarray, text_bytes: int, config: Config, machine: Machine) -> Score:
+    """Score of the unpacked weights on a whole split, shared over the ranks; `text_bytes` is its length."""
+    length = config.recipe.sequence_length
+    nats, count = 0.0, 0
+    for index, (inputs, targets) in enumerate(windows(tokens, length, max(1, VALIDATION_TOKENS // length))):
+        if index % machine.world == machine.rank:
+            given, wanted = (torch.from_numpy(a).to(machine.device) for a in (inputs, targets))
+            nats += float(model.head_loss(model.hidden(given, machine.dtype), wanted)) * targets.size
+            count += targets.size
+    nats, count = machine.total([nats, count])
+    return Score(nats, int(count), text_bytes)
+
+
+def train(
+    config: Config, corpus: Corpus, machine: Machine, interrupt: Interrupt, report: Callable[[dict], None]
+) -> Result:
+    """Train until the clock or the step count says stop. `report` receives one dict an event, on every rank."""
+    shape, recipe, run = config.shape, config.recipe, config.run
+    torch.manual_seed(run.seed)
+    model = RecurrentGPT(shape).initialize(recipe, run.seed).to(machine.device)
+    optimizers = Optimizers(model, recipe)
+    compile_model(model, machine.compile)
+    stream = TokenStream(corpus.shards("train"))
+    began = time.perf_counter()
+    micro_rows = warm_up_in_memory(model, optimizers, config, machine, report)
+    report({"event": "warm-up", "seconds": round(time.perf_counter() - began, 2), "micro_rows": micro_rows})
+
+    result = Result(model)
+    rollback = Rollback(result)
+    timed = Clock(config.train_seconds, agree=machine.largest, now=machine.now)
+    clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
+    source = batches(
+        stream, recipe.batch_tokens, recipe.sequence_length, recipe.loader, machine.rank, machine.world, micro_rows
+    )
+    while (progress := clock.begin_step()) is not None:
+        if machine.largest(interrupt.asked):
+            result.status, result.reason = "interrupted", "asked to stop"
+            break
+        loops = shape.loops if progress >= recipe.loops_from else 1
+        optimizers.zero_grad()
+        local_loss = accumulate(model, next(source), machine, loops)
+        optimizers.reduce_gradients()
+        norm = optimizers.gradient_norm()
+        loss = machine.total([float(local_loss)])[0] / machine.world
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            result.status, result.reason = "crash", f"loss {loss}, gradient norm {norm} at step {result.steps + 1}"
+            rollback.take_back()  # the update that led here
+            break
+        if not clock.may_update():
+            report({"event": "abandoned", "step": result.steps + 1, "elapsed": round(clock.elapsed(), 3)})
+            break
+        rollback.remember()
+        optimizers.step(progress)
+        seconds = clock.end_step()
+        if clock.late:
+            report({"event": "late", "step": result.steps + 1, "elapsed": round(clock.elapsed(), 3)})
+            rollback.take_back()
+            break
+        result.steps += 1
+        result.tokens += recipe.batch_tokens
+        result.loss, result.train_seconds = loss, clock.elapsed()
+        report({
+            "event": "step", "step": result.steps, "loss": round(loss, 5),
+            "elapsed": round(result.train_seconds, 3), "ms": round(seconds * 1e3, 1),
+            "progress": round(progress, 5), "loops": loops, "rate_scale": round(recipe.rate_scale(progress), 4),
+            "gradient_norm": round(norm, 4), "tokens": result.tokens, "limit": config.train_seconds,
+        })  # fmt: skip
+        if run.validate_every and result.steps % run.validate_every == 0:
+            with clock.paused():
+                score = validation_score(model, corpus, config, machine)
+                report({"event": "validation", "step": result.steps, "val_loss": score.loss, "val_bpb": score.bpb})
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        result.status, result.reason = "crash", f"weights not finite after step {result.steps}"
+        rollback.take_back()
+    report({
+        "event": "trained", "status": result.status, "reason": result.reason, "steps": result.steps,
+        "tokens": result.tokens, "train_seconds": round(result.train_seconds, 3), "left_out": round(clock.left_out, 3),
+    })  # fmt: skip
+    return result
+
+
+def validation_score(model: RecurrentGPT, corpus: Corpus, config: Config, machine: Machine) -> Score:
+    """The unpacked weights' score on the corpus's whole validation split."""
+    tokens = np.concatenate(corpus.shards("val"))
+    return validate(model, tokens, corpus.val_bytes, config, machine)
+
+
+def pack(model: RecurrentGPT, path: Path, note: dict) -> int:
+    """Write the artifact; return its bytes. Raises UsageError for weights that are not finite."""
+    weights = {name: p.detach().float().cpu().numpy() for name, p in model.named_parameters()}
+    data = codec.encode(model.shape, weights, note)
+    write_bytes(path, data)
+    return len(data)
+
+
+def main() -> int:
+    import budget
+    from golf import bundle, journal, presets, records
+
+    config = presets.parse_command_line(sys.argv[1:])
+    config.check(int(os.environ.get("WORLD_SIZE", 1)))
+    corpus = Corpus(config.run.data)
+    corpus.check(config.shape.vocab_size, config.recipe.sequence_length)
+    budget.require_fit(config)
+    code = bundle.counted_files()  # now, so that what ships is what runs
+    machine = set_up(config)
+    folder = Path(config.run.runs) / records.folder_name(config)
+    if machine.rank == 0:
+        records.create_folder(folder)
+    with Interrupt().watched() as interrupt, journal.Journal(folder, config, machine.rank) as log:
+        log.write(journal.start_row(config, corpus, machine.__dict__))
+        result = train(config, corpus, machine, interrupt, log.write)
+        if machine.rank == 0:
+            try:
+                pack(result.model, folder / "model.bin", {"preset": config.preset, "seed": config.run.seed})
+            except UsageError as error:
+                result.status, result.reason = "crash", str(error)
+            for name, data in {**code, "tokenizer.model": corpus.tokenizer.read_bytes()}.items():
+                write_bytes(folder / name, data)
+        unpacked = validation_score(result.model, corpus, config, machine) if result.steps else None
+        if machine.rank == 0:
+            if unpacked:
+                log.write({"event": "unpacked", "val_loss": unpacked.loss, "val_bpb": unpacked.bpb})
+            record = records.from_run(folder, config, corpus, result, unpacked, log.environment)
+            records.write(folder, record)
+            if config.run.judge and result.steps and (folder / "model.bin").exists():
+                result.model.cpu()  # the scorer needs the device's memory
+                if machine.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                record = records.judged(folder, record, Path(config.run.data))
+            log.close_with(record)
+    if machine.rank > 0:
+        return 0  # a launcher ends all ranks when one fails, and rank 0 may still be writing
+    return {"complete": 0, "interrupted": 130}.get(record.status, 1)
+
+
+if __name__ == "__main__":
+    from golf.console import run_script
+
+    code = run_script(main)
+    if dist.is_initialized():
+        # Ranks end at different times, and gloo's threads abort a process that unwinds after its peers have gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
