@@ -34,7 +34,7 @@ from golf.clock import Clock, StepCounter
 from golf.codec import encode, load_artifact
 from golf.config import Config, UsageError
 from golf.data import Corpus, TokenStream, batches, write_bytes
-from golf.machine import Machine, accumulate, compile_model, keep_memory, set_up, warm_up_in_memory
+from golf.machine import Machine, accumulate, compile_model, keep_memory, peak_memory, set_up, warm_up_in_memory
 from golf.model import RecurrentGPT
 from golf.muon import Optimizers
 from golf.noise import GridNoise
@@ -86,6 +86,7 @@ class Result:
     tokens: int = 0
     train_seconds: float = 0.0
     loss: float = float("nan")
+    peak_memory: int = 0
     sensitivities: dict[str, Sensitivity] | None = None
 
 
@@ -220,9 +221,11 @@ def train(
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         result.status, result.reason = "crash", f"weights not finite after step {result.steps}"
         rollback.take_back()
+    result.peak_memory = peak_memory(machine.device)
     report({
         "event": "trained", "status": result.status, "reason": result.reason, "steps": result.steps,
         "tokens": result.tokens, "train_seconds": round(result.train_seconds, 3), "left_out": round(clock.left_out, 3),
+        "peak_memory": result.peak_memory,
     })  # fmt: skip
     if config.pack.calibration_batches and result.steps:
         began = clock.elapsed()

@@ -93,8 +93,6 @@ def take_group(decoder: Decoder, reader: Reader, row: np.ndarray, column: np.nda
 
 def put_codes(encoder: Encoder, codes: np.ndarray) -> bytes:
     """Step codes (K, N): the smallest of each tensor as int16, then one table for the notches above it."""
-    lowest = codes.max(axis=1, keepdims=True) - 127 * NOTCH  # rows finer than that by eight octaves are rows of nothing
-    codes = np.maximum(codes, lowest)
     lowest = codes.min(axis=1, keepdims=True)
     return lowest.astype("<i2").tobytes() + put_static(encoder, (codes - lowest) // NOTCH)
 

@@ -14,6 +14,7 @@ import numpy as np
 from golf.trellis import walk_bits
 
 OCTAVE, NOTCH = 256, 16  # codes that double a step; codes between two steps of one tensor
+REACH = 127 * NOTCH  # codes from a tensor's finest row to its coarsest, at most
 CODE_LIMIT = 25 * OCTAVE  # steps from 2^-25 to 2^25
 TOP = 127  # integers are signed bytes, -128 unused
 
@@ -75,7 +76,8 @@ def wide_enough(weight: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.n
     """Row codes, raised by whole notches where a row's largest weight would need an integer beyond 127."""
     need = np.abs(weight / step_of(column)).max(axis=1) / (step_of(row) * (TOP + 0.49))
     notches = np.ceil(OCTAVE / NOTCH * np.log2(np.maximum(need, 1)))
-    return row + NOTCH * notches.astype(np.int32)
+    row = row + NOTCH * notches.astype(np.int32)
+    return np.maximum(row, row.max() - REACH)  # rows finer by eight octaves are rows of nothing
 
 
 def nearest(weight: np.ndarray, row: np.ndarray, column: np.ndarray) -> Grid:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import shutil
+import sys
 import sysconfig
 import time
 from collections.abc import Callable
@@ -58,6 +60,13 @@ class Machine:
         """Make a tensor the sum of all ranks', in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: allocated on a CUDA device, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def keep_memory() -> None:

@@ -24,6 +24,7 @@ COLUMN_RANGE = 2 * OCTAVE // NOTCH  # a column's step is at most four times, and
 EMBED_SHARE = 0.5  # without sensitivities, the embedding's step over the matrices'
 LARGEST_WEIGHT = 1e6
 RATE_SLOPE = math.log(2) / 6  # what a bit is worth on a fine grid, in squared steps: -dD/dR of D = step^2 / 12
+TRELLIS_ERROR = 0.8  # squared error of the best walk over a plain grid's
 NEAR_TARGET = 0.0005  # an artifact lands at most this share below its target, where steps can be had that fine
 
 
@@ -184,13 +185,20 @@ def quantize(
         return encode(fixed | rounded(free, ready, steps, pack)), steps
 
     data, steps = at(relative) if pack.matrix_step else find_factor(at, free, ready, relative, target_bytes)
+    share = TRELLIS_ERROR if pack.quantizer == "trellis" and pack.rounding == "feedback" else 1.0
     report = {
         "bytes": len(data),
-        "predicted_loss": sum(ready[n].cost * steps[n] ** 2 for n in free) if sensitivities else None,
+        "predicted_loss": share * sum(ready[n].cost * steps[n] ** 2 for n in free) if sensitivities else None,
         "bits": {n: round(symbol_bits(free[n], ready[n], steps[n]), 3) for n in free},
         "notes": [f"{n}: {r.note}" for n, r in ready.items() if r.note],
     }
     return data, report
+
+
+def tensor_error(error: np.ndarray, sensitivity: Sensitivity) -> float:
+    """Predicted increase of the loss, nats a token, for errors (R, C) in a matrix."""
+    each = np.einsum("rc,rc->r", error.astype(np.float64) @ sensitivity.hessian, error)
+    return 0.5 * float((sensitivity.rows * each).sum())
 
 
 def check_weights(shape: Shape, weights: dict[str, np.ndarray]) -> None:

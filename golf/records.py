@@ -57,6 +57,8 @@ class Record:
     tokens_per_second: float = 0.0
     train_seconds: float = 0.0
     eval_seconds: float | None = None
+    peak_memory: int = 0
+    """Bytes, of rank 0 in training."""
     train_loss: float | None = None
     unpacked_val_loss: float | None = None
     unpacked_val_bpb: float | None = None
@@ -214,7 +216,7 @@ def from_run(
         tokenizer_sha256=str(corpus.manifest["tokenizer"].get("sha256", "")),
         context=config.recipe.sequence_length, steps=result.steps, tokens=result.tokens,
         tokens_per_second=round(result.tokens / result.train_seconds, 1) if result.train_seconds else 0.0,
-        train_seconds=round(result.train_seconds, 3), train_loss=number(result.loss),
+        train_seconds=round(result.train_seconds, 3), train_loss=number(result.loss), peak_memory=result.peak_memory,
         unpacked_val_loss=number(unpacked and unpacked.loss), unpacked_val_bpb=number(unpacked and unpacked.bpb),
         quantization_penalty={k: v for k, v in penalty.items() if number(v) is not None},
         config=json.loads(json.dumps(asdict(config))), environment=environment, record=str(folder),

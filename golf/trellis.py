@@ -44,6 +44,7 @@ def best_walk(x: np.ndarray, slope: np.ndarray) -> np.ndarray:
     # The nearest half step of each residue, and its error.
     half = 4 * np.rint((2 * y[:, :, None] - residues) / 4) + residues  # (WALK, N * walks, 4)
     error = np.square(y[:, :, None] - half / 2) + price[:, :, None] * np.square(half / 2)
+    error.reshape(WALK, count, walks, 4)[rows - (walks - 1) * WALK :, :, -1] = 0.0  # beyond the last row
     cost = np.full((y.shape[1], 8), np.inf)
     cost[:, 0] = 0.0
     came = np.empty((WALK, *cost.shape), dtype=np.int8)

@@ -240,7 +240,7 @@ def refused(data: bytes) -> bool:
 def test_mutations_and_truncations_are_refused_or_decode_to_the_declared_shapes():
     rng = np.random.default_rng(0)
     count = sum(refused(mutated(ARTIFACT, rng)) for _ in range(400))
-    assert 250 < count < 400
+    assert count > 250
 
 
 def test_decoding_allocates_at_most_twice_the_model():

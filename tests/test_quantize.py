@@ -100,13 +100,12 @@ def test_each_refinement_lowers_the_predicted_loss_at_equal_bytes():
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("target", [20_000, 27_345, 45_000])
+@pytest.mark.parametrize("target", [24_000, 27_345, 45_000])
 @pytest.mark.parametrize("quantizer", ["scalar", "trellis"])
 def test_artifacts_land_just_below_their_target(target, quantizer):
     for s in (None, sensitivities_of(SHAPE)):
         _, data, report = packed(Pack(quantizer=quantizer), target, s)
-        assert target * 0.999 <= len(data) <= target == report["bytes"] or len(data) == report["bytes"]
-        assert len(data) >= target * 0.999
+        assert target * 0.999 <= len(data) <= target and report["bytes"] == len(data)
 
 
 def test_targets_out_of_reach_are_refused_and_generous_ones_end_at_the_finest_grid():
@@ -117,10 +116,15 @@ def test_targets_out_of_reach_are_refused_and_generous_ones_end_at_the_finest_gr
     assert all(6.5 < bits < 7.6 for bits in report["bits"].values())
 
 
-def test_the_loss_that_is_predicted_is_the_loss_of_the_errors():
+@pytest.mark.parametrize("quantizer", ["scalar", "trellis"])
+def test_the_loss_that_is_predicted_is_the_loss_of_the_errors(quantizer):
     s = sensitivities_of(SHAPE)
-    weights, data, report = packed(Pack(quantizer="scalar"), 45_000, s)
-    assert report["predicted_loss"] == pytest.approx(loss(weights, data, s), rel=0.15)
+    weights, data, report = packed(Pack(quantizer=quantizer), 65_000, s)
+    damped = {}
+    for name, found in s.items():
+        more = quantize.DAMPING * np.diag(found.hessian).mean() * np.eye(len(found.hessian))
+        damped[name] = Sensitivity(found.hessian + more, found.rows)
+    assert report["predicted_loss"] == pytest.approx(loss(weights, data, damped), rel=0.1)
 
 
 def test_bits_are_worth_the_same_everywhere():
