@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -92,7 +93,7 @@ def pack(
     config = Config("pack", track, shape, pack=pack)
     found = read_sensitivities(Path(hessians), shape) if hessians else None
     target = config.target_bytes(bundle.code_bytes(config))
-    data, report = quantize(shape, tensors, pack, target, found, lambda grids: encode(shape, grids, {}, pack.coder))
+    data, report = quantize(shape, tensors, pack, target, found, partial(encode, shape, coder=pack.coder, chosen={}))
     write_bytes(Path(artifact), data)
     result = {"bytes": len(data), "bits_per_parameter": round(8 * len(data) / shape.parameter_count, 4)}
     if pack.matrix_step == 0:
@@ -151,17 +152,26 @@ def golden_difference(config: Config, source: str, data: Path, steps: int = 20) 
             golden = bundle.packed(bundle.minified(golden))
         (here / "train_gpt.py").write_text(golden, "utf-8")
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"DATA_PATH": str(data.resolve())}
-        flags = ["--run.data", str(data), "--run.max-steps", str(steps), "--run.runs", place, "--run.name", "checkout"]
+        flags = [
+            "--run.data",
+            str(data.resolve()),
+            "--run.max-steps",
+            str(steps),
+            "--run.runs",
+            place,
+            "--run.name",
+            "checkout",
+        ]
         checkout = [str(bundle.ROOT / "train_gpt.py"), config.preset, *flags, "--run.no-judge"]
         for command in (["-I", str(here / "train_gpt.py")], checkout):
             done = subprocess.run(
                 [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=here, check=False
             )
+            if done.returncode:
+                return (done.stderr.strip().splitlines() or ["it failed"])[-1]
             log = done.stdout if command[0] == "-I" else next(here.glob("*-checkout/log.jsonl")).read_text("utf-8")
             rows = [loads(line) for line in log.splitlines() if line.startswith("{")]
             losses.append([row["loss"] for row in rows if row.get("event") == "step"])
-            if done.returncode:
-                return (done.stderr.strip().splitlines() or ["it failed"])[-1]
     ours, theirs = losses
     if len(ours) != steps:
         return f"{len(ours)} steps of {steps}"

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -250,7 +251,7 @@ def pack(result: Result, config: Config, path: Path, code_bytes: int, report: Ca
     note = {"preset": config.preset, "seed": config.run.seed}
     data, about = quantize(
         config.shape, weights, config.pack, config.target_bytes(code_bytes), result.sensitivities,
-        lambda grids: encode(config.shape, grids, note, config.pack.coder),
+        partial(encode, config.shape, note=note, coder=config.pack.coder, chosen={}),
     )  # fmt: skip
     write_bytes(path, data)
     report({"event": "packed", "seconds": round(time.perf_counter() - began, 2), **about})

@@ -77,7 +77,7 @@ def ours(shape: Shape, grids: dict[str, Grid], coder: str) -> tuple[int, float, 
     for names in codec.groups(shape).values():
         if tensor_class(names[0]) != "control":
             members = [grids[n] for n in names]
-            encoder, text = codec.put_group(members, coder)
+            encoder, text, _ = codec.put_group(members, codec.ways(members[0].walks, coder))
             whole.steps += encoder.steps
             described.append(text)
             chosen.append(members)
@@ -157,11 +157,12 @@ class Bench:
     def pack(self, pack: Pack, target: int, press: str = "", weighed: bool = True) -> tuple[dict, dict[str, Grid]]:
         """A pipeline's artifact and its row of the table; `press` names a general compressor in place of our coder."""
         kept: dict[str, Grid] = {}
+        chosen: dict[str, codec.Way] = {}
 
         def encode(grids: dict[str, Grid]) -> bytes:
             kept.update(grids)
             if not press:
-                return codec.encode(self.shape, grids, {}, pack.coder)
+                return codec.encode(self.shape, grids, {}, pack.coder, chosen)
             squeeze = brotli.compress if press == "brotli" else zstandard.ZstdCompressor(level=22).compress
             symbols = sum(len(squeeze(part)) for part in role_arrays(self.shape, grids, press == "brotli"))
             control = sum(2 * w.size for n, w in self.weights.items() if tensor_class(n) == "control")

@@ -197,7 +197,7 @@ def bound_name(alias: ast.alias) -> str:
     return (alias.asname or alias.name).split(".")[0]
 
 
-def baked(value: object) -> str:
+def baked(value: object, comma: str = ", ") -> str:
     """A dataclass as the expression that makes it, default fields left out."""
     parts = []
     for f in fields(value):
@@ -205,7 +205,7 @@ def baked(value: object) -> str:
         default = f.default_factory() if callable(getattr(f, "default_factory", None)) else f.default
         if item != default:
             parts.append(f"{f.name}={baked(item) if is_dataclass(item) else repr(item)}")
-    return f"{type(value).__name__}({', '.join(parts)})"
+    return f"{type(value).__name__}({comma.join(parts)})"
 
 
 def source_files() -> list[Path]:
@@ -241,7 +241,7 @@ def readable(config: Config) -> str:
         raise UsageError(f"The names {clash} are both imported and defined; rename them.")
     head = f'"""A submission in one file: preset {config.preset}, track {config.track}."""\n\n'
     head += f"from __future__ import annotations\n\n{merged_imports(modules, names)}\n\n"
-    return head + "\n\n\n".join(parts) + "\n\n" + MAIN.format(config=baked(config))
+    return head + "\n\n\n".join(parts) + "\n\n" + MAIN.format(config=baked(config, ",\n    "))
 
 
 def minified(source: str) -> str:

@@ -18,17 +18,15 @@ from golf.quantize import Sensitivity
 class Collector:
     """Hessian sums of one model, filled through its taps while batches run forward and backward."""
 
-    def __init__(self, model: RecurrentGPT, weighted: bool = True):
-        self.model, self.weighted = model, weighted
+    def __init__(self, model: RecurrentGPT):
+        self.model = model
         self.sums = {
             name: torch.zeros(p.shape[1], p.shape[1], device=p.device)
             for name, p in model.named_parameters()
             if tensor_class(name) != "control"
         }
-        self.gradients = {name: torch.zeros((), device=model.embedding.device) for name in self.sums}
         self.rows = torch.zeros(model.shape.vocab_size, device=model.embedding.device)
         self.tokens = self.batches = 0
-        self.uses = dict.fromkeys(self.sums, 0)
         model.tap = self.embedding
         for index, block in enumerate(model.blocks):
             block.tap = partial(self.matrix, f"blocks.{index}.")
@@ -45,9 +43,7 @@ class Collector:
         """Sum over tokens of |g|^2 / R x x'; of a mean loss's gradient, so `finish` multiplies by the tokens."""
         x, gradient = x.flatten(0, -2).float(), gradient.flatten(0, -2).float()
         weight = gradient.square().mean(dim=1, keepdim=True)
-        self.gradients[name] += weight.sum()
-        self.uses[name] += len(x)
-        self.sums[name] += (x * weight).mT @ x if self.weighted else x.mT @ x
+        self.sums[name] += (x * weight).mT @ x
 
     def add_head(self, x: Tensor, gradient: Tensor) -> None:
         self.add("embedding", x, gradient)
@@ -77,8 +73,6 @@ class Collector:
         found = {}
         for name, hessian in self.sums.items():
             machine.add_up(hessian)
-            if not self.weighted:
-                hessian *= float(self.gradients[name]) / self.uses[name]
             rows = np.ones(self.model.get_parameter(name).shape[0])
             found[name] = Sensitivity(hessian.double().cpu().numpy() * scale, rows)
         machine.add_up(self.rows)

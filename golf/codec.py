@@ -55,22 +55,30 @@ def scales_of(row: np.ndarray, column: np.ndarray, mode: int) -> Callable[[int],
     return scale
 
 
-def put_group(grids: list[Grid], coder: str) -> tuple[Encoder, bytes]:
-    """The shortest coding of a group's integers, its description begun by a byte for the mode."""
+Way = tuple[int, int, int]  # mode, memory, prior
+
+
+def ways(walks: bool, coder: str) -> list[Way]:
+    """How a group may be coded."""
+    modes = (WALKS,) if walks else (DOWN_COLUMNS, ALONG_ROWS) if coder == "adaptive" else ()
+    following = [(mode, *memory) for mode in modes for memory in MEMORIES]
+    return following if walks else [(STATIC, 0, 0), *following]
+
+
+def put_group(grids: list[Grid], tried: list[Way]) -> tuple[Encoder, bytes, Way]:
+    """The shortest of these codings of a group's integers, its description begun by a byte for the mode."""
     stack, row, column = (np.stack([getattr(g, part) for g in grids]) for part in ("integers", "row", "column"))
     found = []
-    if not grids[0].walks:
+    for way in tried:
+        mode, memory, prior = way
         encoder = Encoder()
-        tables = b"".join(put_static(encoder, matrix) for matrix in stack)
-        found.append((encoder, bytes([STATIC]) + tables))
-    modes = (WALKS,) if grids[0].walks else (DOWN_COLUMNS, ALONG_ROWS) if coder == "adaptive" else ()
-    for mode in modes:
-        steps, scale = lanes_of(stack, mode), scales_of(row, column, mode)
-        for memory, prior in MEMORIES:
-            encoder = Encoder()
-            described = put_following(encoder, steps, scale, memory, prior, mode == WALKS)
-            found.append((encoder, bytes([mode]) + described))
-    return min(found, key=lambda pair: pair[0].bits() + 8 * len(pair[1]))
+        if mode == STATIC:
+            tables = b"".join(put_static(encoder, matrix) for matrix in stack)
+        else:
+            steps, scale = lanes_of(stack, mode), scales_of(row, column, mode)
+            tables = put_following(encoder, steps, scale, memory, prior, mode == WALKS)
+        found.append((encoder, bytes([mode]) + tables, way))
+    return min(found, key=lambda one: one[0].bits() + 8 * len(one[1]))
 
 
 def take_group(decoder: Decoder, reader: Reader, row: np.ndarray, column: np.ndarray) -> list[Grid]:
@@ -104,14 +112,23 @@ def take_codes(decoder: Decoder, reader: Reader, count: int, size: int) -> np.nd
     return lowest[:, None] + NOTCH * notches
 
 
-def encode(shape: Shape, grids: dict[str, Grid], note: dict | None = None, coder: str = "adaptive") -> bytes:
-    """The artifact's bytes. `coder` is static (one table a tensor) or adaptive (whatever is shortest)."""
+def encode(
+    shape: Shape, grids: dict[str, Grid], note: dict | None = None, coder: str = "adaptive",
+    chosen: dict[str, Way] | None = None,
+) -> bytes:  # fmt: skip
+    """The artifact's bytes. `coder` is static (one table a tensor) or adaptive (whatever is shortest).
+
+    What was shortest for each role is noted in `chosen`, and not looked for where it is noted already.
+    """
     whole, tables = Encoder(), b""
-    for names in groups(shape).values():
+    chosen = {} if chosen is None else chosen
+    for role, names in groups(shape).items():
         rows = np.stack([grids[name].row for name in names])
         columns = np.stack([grids[name].column for name in names])
         tables += put_codes(whole, rows) + put_codes(whole, columns)
-        encoder, described = put_group([grids[name] for name in names], coder)
+        members = [grids[name] for name in names]
+        tried = [chosen[role]] if role in chosen else ways(members[0].walks, coder)
+        encoder, described, chosen[role] = put_group(members, tried)
         whole.steps += encoder.steps
         tables += described
     lanes = lane_count(whole.bits() / 8)

@@ -25,6 +25,7 @@ EMBED_SHARE = 0.5  # without sensitivities, the embedding's step over the matric
 LARGEST_WEIGHT = 1e6
 RATE_SLOPE = math.log(2) / 6  # what a bit is worth on a fine grid, in squared steps: -dD/dR of D = step^2 / 12
 TRELLIS_ERROR = 0.8  # squared error of the best walk over a plain grid's
+LEAST_ROW = 0.03  # of the average weight, for rows of pieces that calibration hardly saw
 NEAR_TARGET = 0.0005  # an artifact lands at most this share below its target, where steps can be had that fine
 
 
@@ -81,8 +82,11 @@ def prepare(weight: np.ndarray, sensitivity: Sensitivity | None, pack: Pack) -> 
         logs = np.log2(pivots)
         notches = np.rint(OCTAVE / NOTCH * (logs - logs.mean()))
         column[order] = NOTCH * np.clip(notches, -COLUMN_RANGE, COLUMN_RANGE)
-    scale = deviation**pack.row_power * np.sqrt(np.mean(deviation**2)) ** (1 - pack.row_power)
-    scale = scale / np.sqrt(np.maximum(sensitivity.rows, 1e-3))
+    usual = np.exp(np.log(np.maximum(deviation, 1e-30)).mean())  # so that a step is one in deviations, on average
+    relative = (np.maximum(deviation, 1e-30) / usual) ** pack.row_power / np.sqrt(
+        np.maximum(sensitivity.rows, LEAST_ROW)
+    )
+    scale = usual * relative / np.exp(np.log(relative).mean())
     steps = step_of(column[order]).astype(np.float64)
     cost = float((sensitivity.rows * scale**2).sum() * np.square(steps / pivots).sum()) / 24
     return Prepared(order, spread, column, scale, cost, note)
@@ -99,11 +103,12 @@ def rounded(
         if pack.rounding == "nearest":
             grids[name] = nearest(weight, row, ready[name].column)
         else:
-            alike.setdefault(weight.shape, []).append((name, row))
-    for members in alike.values():
+            walks = pack.quantizer == "trellis" and tensor_class(name) != "embed"
+            alike.setdefault((weight.shape, walks), []).append((name, row))
+    for (_, walks), members in alike.items():
         names, rows = zip(*members, strict=True)
         chosen, plans = [weights[n] for n in names], [ready[n] for n in names]
-        found = feed_errors(chosen, rows, plans, pack.quantizer == "trellis", pack.rate_weight)
+        found = feed_errors(chosen, rows, plans, walks, pack.rate_weight)
         grids |= zip(names, found, strict=True)
     return grids
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, TINY, run
 
 from golf import bundle
-from golf.config import Config, Recipe, Run, Shape, UsageError
+from golf.config import Config, Pack, Recipe, Run, Shape, UsageError
 from golf.presets import PRESETS
 
 GOLDEN = ("--run.max-steps", "20", "--recipe.loops-from", "0.5", "--run.name", "golden")
@@ -87,16 +87,17 @@ def test_a_bundle_is_one_readable_file_of_allowed_imports():
     assert {"load_scorer", "main", "CONFIG", "RecurrentGPT", "Muon"} <= set(names)
     assert "write_shard" not in names  # only what is used
     assert "# Every parameter's role" in source  # with its comments
-    assert max(map(len, source.splitlines())) < 400
+    assert max(map(len, source.splitlines())) < 500
 
 
 def test_the_configuration_is_baked_in():
     config = replace(PRESETS["laptop"], run=Run(seed=7, data="/somewhere/else", name="x"))
-    line = next(line for line in bundle.readable(config).splitlines() if line.startswith("CONFIG = "))
-    names = {"Config": Config, "Shape": Shape, "Recipe": Recipe, "Run": Run}
-    found = eval(line.removeprefix("CONFIG = "), names)
+    source = bundle.readable(config)
+    (text,) = [t for node, t in bundle.take_apart("x", source).statements if bundle.defined(node) == ["CONFIG"]]
+    names = {"Config": Config, "Pack": Pack, "Shape": Shape, "Recipe": Recipe, "Run": Run}
+    found = eval(text.partition("CONFIG = ")[2], names)
     assert found == replace(config, run=Run(seed=7, data="data"))
-    assert "/somewhere" not in line
+    assert "/somewhere" not in source
 
 
 def test_minified_and_packed_are_smaller():
@@ -107,7 +108,7 @@ def test_minified_and_packed_are_smaller():
 
 @pytest.mark.parametrize(("code", "said"), [
     ("import requests", "requests"),
-    ("def f():\n    import golf.data", "must be"),
+    ("def f():\n    import golf.data", "at the top"),
     ("from golf.data import Corpus as C", "keeps its name"),
     ("x = open('/etc/passwd')", "/etc/passwd"),
     ("x = open('../other')", "../other"),
