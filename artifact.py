@@ -26,7 +26,7 @@ from golf.checkpoint import read_sensitivities, read_tensors, write_weights
 from golf.codec import encode, load_artifact
 from golf.config import TRACKS, Config, Pack, UsageError, check_pack
 from golf.console import parse, run_script
-from golf.data import write_bytes
+from golf.files import write_bytes
 from golf.presets import PRESETS
 from golf.quantize import quantize
 

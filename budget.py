@@ -349,7 +349,7 @@ def measure() -> dict:
         for c, seconds in samples:
             predicted = step_seconds(c, Rates(*fitted))
             print(f"{kind:>5} {c.preset:<13} measured {seconds * 1e3:8.1f} ms  fitted {predicted * 1e3:8.1f} ms")
-    from golf.data import write_bytes
+    from golf.files import write_bytes
 
     result["rates"] = rates
     write_bytes(MEASURED, json.dumps(result, indent=1).encode())

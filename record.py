@@ -13,7 +13,7 @@ import tyro
 from golf import records
 from golf.config import UsageError
 from golf.console import parse, run_script
-from golf.data import write_bytes
+from golf.files import write_bytes
 
 
 def leaderboard(runs: str = "runs") -> int:

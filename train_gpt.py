@@ -30,11 +30,12 @@ import torch
 import torch.distributed as dist
 
 from golf.bpb import Score, windows
-from golf.calibrate import calibrate, reserve_seconds
+from golf.calibrate import calibrate, rehearse
 from golf.clock import Clock, StepCounter
 from golf.codec import encode, load_artifact
 from golf.config import Config, UsageError
-from golf.data import Corpus, TokenStream, batches, write_bytes
+from golf.data import Corpus, TokenStream, batches
+from golf.files import write_bytes
 from golf.machine import Machine, accumulate, compile_model, keep_memory, peak_memory, set_up, warm_up_in_memory
 from golf.model import RecurrentGPT
 from golf.muon import Optimizers
@@ -42,7 +43,7 @@ from golf.noise import GridNoise
 from golf.quantize import Sensitivity, quantize
 
 VALIDATION_TOKENS = 16_384  # tokens a rank scores at a time
-PENALTY_TOKENS = 65_536
+PENALTY_TOKENS = 32_768
 
 
 # == the submission's side: from the packed artifact to distributions ============================================
@@ -168,7 +169,7 @@ def train(
     stream = TokenStream(corpus.shards("train"))
     began = time.perf_counter()
     micro_rows = warm_up_in_memory(model, optimizers, config, machine, report)
-    reserve = reserve_seconds(model, config, machine, micro_rows)
+    reserve, ending = rehearse(model, config, machine, micro_rows)
     report({
         "event": "warm-up", "seconds": round(time.perf_counter() - began, 2), "micro_rows": micro_rows,
         "reserve": round(reserve, 2),
@@ -230,11 +231,13 @@ def train(
     })  # fmt: skip
     if config.pack.calibration_batches and result.steps:
         began = clock.elapsed()
-        end = float("inf") if run.max_steps else config.train_seconds
-        result.sensitivities, done = calibrate(model, source, config, machine, lambda: end - clock.elapsed())
-        result.train_seconds = machine.largest(clock.elapsed())
-        seconds = round(result.train_seconds - began, 2)
-        report({"event": "calibrated", "batches": done, "seconds": seconds, "reserve": round(reserve, 2)})
+        limit = float("inf") if run.max_steps else config.train_seconds
+        left = lambda: limit - clock.elapsed()  # noqa: E731
+        result.sensitivities, done = calibrate(model, source, config, machine, left, ending)
+        seconds = machine.largest(clock.elapsed()) - began
+        if done:
+            result.train_seconds = began + seconds
+        report({"event": "calibrated", "batches": done, "seconds": round(seconds, 2), "reserve": round(reserve, 2)})
     return result
 
 

@@ -16,21 +16,25 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 from golf.config import Config, UsageError
-from golf.data import write_bytes
+from golf.files import write_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "config", "model", "trellis", "grid", "rans", "entropy", "codec", "quantize", "muon", "data", "bpb", "clock",
-    "machine", "calibrate", "noise",
+    "config", "files", "model", "trellis", "grid", "rans", "entropy", "codec", "quantize", "muon", "data", "bpb",
+    "clock", "machine", "calibrate", "noise",
 )  # fmt: skip
 PACKAGES = {"torch", "numpy", "sentencepiece", "zstandard", *sys.stdlib_module_names}
 KEPT = ("load_scorer", "main", "CONFIG")
-SIZES = ROOT / "code_bytes.json"
+SIZES, MINIFIED = ROOT / "code_bytes.json", ROOT / "minified.json"
 PACKED_TRACKS = ("laptop", "smoke")  # plain code would eat a good part of their cap
 
 MAIN_IMPORTS = ("import json", "import os", "import sys", "from dataclasses import replace", "from pathlib import Path")
-MAIN = '''
-# == this file's own main: the baked configuration; SEED, DATA_PATH and MODEL_PATH from the environment ==========
+MAIN_RULE = "# == this file's own main: the baked configuration; SEED, DATA_PATH and MODEL_PATH from outside =="
+MAIN = (
+    """
+"""
+    + MAIN_RULE
+    + '''
 
 CONFIG = {config}
 
@@ -74,6 +78,7 @@ if __name__ == "__main__":
         os._exit(code)
     sys.exit(code)
 '''
+)
 
 LOADER = '''\
 """The code of this submission, compressed; the same code lies readable under source/."""
@@ -245,10 +250,32 @@ def readable(config: Config) -> str:
 
 
 def minified(source: str) -> str:
-    """The same program with short names, by python-minifier."""
+    """The same program with short names, by python-minifier; the modules' part is kept from one time to the next."""
     import python_minifier
 
-    return python_minifier.minify(source, rename_globals=False, remove_literal_statements=True) + "\n"
+    modules, _, main = source.partition(MAIN_RULE)
+    key = hashlib.sha256(modules.encode()).hexdigest()
+    kept = read_kept(MINIFIED)
+    if type(kept.get(key)) is not str:
+        small = python_minifier.minify(modules, rename_globals=False, remove_literal_statements=True)
+        kept = {key: small}
+        keep(MINIFIED, kept)
+    main = python_minifier.minify(main, rename_globals=False, hoist_literals=False, remove_literal_statements=True)
+    return f"{kept[key]}\n{main}\n"
+
+
+def read_kept(path: Path) -> dict:
+    """What an earlier call worked out, or nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(path.read_text("utf-8"))
+        return kept if isinstance(kept, dict) else {}
+    return {}
+
+
+def keep(path: Path, values: dict) -> None:
+    """Write it down where that is possible."""
+    with contextlib.suppress(OSError):
+        write_bytes(path, json.dumps(values).encode())
 
 
 def packed(source: str) -> str:
@@ -274,12 +301,9 @@ def code_bytes(config: Config) -> int:
     state = hashlib.sha256(config.track.encode())
     for path in source_files():
         state.update(path.read_bytes())
-    known = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(SIZES.read_text("utf-8"))
-    size = known.get(config.track, {}).get(state.hexdigest()) if isinstance(known, dict) else None
-    if type(size) is not int:
-        size = len(counted_files(config)["train_gpt.py"])
-        with contextlib.suppress(OSError):
-            write_bytes(SIZES, json.dumps({**known, config.track: {state.hexdigest(): size}}).encode())
-    return size
+    known = read_kept(SIZES)
+    found = known.get(config.track)
+    if not isinstance(found, list) or found[:1] != [state.hexdigest()] or type(found[-1]) is not int:
+        found = [state.hexdigest(), len(counted_files(config)["train_gpt.py"])]
+        keep(SIZES, {**known, config.track: found})
+    return found[1]

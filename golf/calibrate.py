@@ -88,37 +88,42 @@ def twin_of(model: RecurrentGPT) -> RecurrentGPT:
     return twin
 
 
-def reserve_seconds(model: RecurrentGPT, config: Config, machine: Machine, micro_rows: int) -> float:
-    """Training seconds to set aside for calibrate(), by timing a batch of synthetic tokens; alike on all ranks."""
+def rehearse(model: RecurrentGPT, config: Config, machine: Machine, micro_rows: int) -> tuple[float, float]:
+    """Training seconds to set aside for calibrate(), and of them those for its end; by timing both on synthetic
+    tokens, alike on all ranks."""
     batches = config.pack.calibration_batches
     if not batches or config.run.max_steps:
-        return 0.0
+        return 0.0, 0.0
     length = config.recipe.sequence_length
-    tokens = (
-        torch.arange(micro_rows * (length + 1), device=machine.device).view(micro_rows, -1) % model.shape.vocab_size
-    )
+    numbers = torch.arange(micro_rows * (length + 1), device=machine.device)
+    tokens = numbers.view(micro_rows, length + 1) % model.shape.vocab_size
+    times = [machine.now()]
     collector = Collector(twin_of(model))
-    taken = []
     for _ in range(3):
-        began = machine.now()
         collector.batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), machine.dtype)
-        taken.append(machine.now() - began)
-    return machine.largest(1.25 * batches * min(taken[1:]) + max(taken[0] - min(taken[1:]), 0.0) + 0.1)
+        times.append(machine.now())
+    collector.finish(machine)
+    start, *rest, end = np.diff([*times, machine.now()])
+    usual, end = machine.largest(min(rest)), machine.largest(2 * float(end) + 0.05)
+    return machine.largest(1.25 * batches * usual + max(start - usual, 0.0)) + end, end
 
 
 def calibrate(
-    model: RecurrentGPT, source: Iterator, config: Config, machine: Machine, seconds_left: Callable[[], float]
-) -> tuple[dict[str, Sensitivity] | None, int]:
+    model: RecurrentGPT, source: Iterator, config: Config, machine: Machine, seconds_left: Callable[[], float],
+    end: float,
+) -> tuple[dict[str, Sensitivity] | None, int]:  # fmt: skip
     """Sensitivities from the next batches of training text (the first micro-batch of each), and how many there were:
-    fewer than asked for when time runs out, none when not one fits."""
+    fewer than asked for when time runs out; none, as if there had been none, when it ran out all the same."""
     collector = Collector(twin_of(model))
     slowest = 0.0
     for _ in range(config.pack.calibration_batches):
         left = seconds_left()
-        if machine.largest(slowest - left) > 0:
+        if machine.largest(1.5 * slowest + end - left) > 0:
             break
         inputs, targets = (torch.from_numpy(a).to(machine.device) for a in next(source)[0])
         collector.batch(inputs, targets, machine.dtype)
         machine.now()
         slowest = max(slowest, left - seconds_left())
-    return (collector.finish(machine) if collector.batches else None), collector.batches
+    found = collector.finish(machine) if collector.batches else None
+    late = machine.largest(-seconds_left()) > 0
+    return (None, 0) if late else (found, collector.batches)

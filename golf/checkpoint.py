@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from golf.config import Shape, UsageError, shape_from_dict
-from golf.data import write_bytes
+from golf.files import write_bytes
 from golf.quantize import Sensitivity
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from golf.bpb import ByteTable
 from golf.config import UsageError
-from golf.data import complete, read_shard, write_bytes
+from golf.data import complete, read_shard
+from golf.files import write_bytes
 
 REPOSITORY, PREFIX = "willdepueoai/parameter-golf", "datasets"
 

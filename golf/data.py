@@ -7,32 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from golf.config import UsageError
+from golf.files import write_bytes
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = HEADER_INTS * 4
 BOS = 1
-
-
-def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file whole or not at all: aside, fsync, rename. Raises OSError; leaves no temporary file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as out:
-            for part in parts:
-                out.write(part)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def shard_header(tokens: int) -> bytes:

@@ -89,5 +89,5 @@ def nearest(weight: np.ndarray, row: np.ndarray, column: np.ndarray) -> Grid:
 def fine_grid(weight: np.ndarray) -> Grid:
     """The rule of small and control tensors: 127 steps to each row's largest magnitude, at least."""
     column = np.zeros(weight.shape[1], dtype=np.int32)
-    row = codes_of(np.abs(weight).max(axis=1) / TOP)
-    return nearest(weight, wide_enough(weight, row, column), column)
+    lowest = np.full(len(weight), -CODE_LIMIT, dtype=np.int32)
+    return nearest(weight, wide_enough(weight, lowest, column), column)

@@ -139,7 +139,10 @@ class Journal:
         print(f"training {row['status']}{why} after {row['steps']} steps, {row['train_seconds']:.2f} s", flush=True)
 
     def on_calibrated(self, row: dict) -> None:
-        print(f"calibrated on {row['batches']} batches in {row['seconds']:.1f} s (reserve {row['reserve']:.1f} s)")
+        late = "" if row["batches"] else ", too late: packed without"
+        print(
+            f"calibrated on {row['batches']} batches in {row['seconds']:.1f} s (reserve {row['reserve']:.1f} s){late}"
+        )
 
     def on_packed(self, row: dict) -> None:
         loss = row["predicted_loss"]

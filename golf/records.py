@@ -15,7 +15,8 @@ from typing import get_args, get_type_hints
 
 from golf.bundle import ROOT
 from golf.config import TRACKS, Config, Pack, Recipe, Run, Shape, UsageError, fields_from_dict
-from golf.data import Corpus, write_bytes
+from golf.data import Corpus
+from golf.files import write_bytes
 from golf.folders import sizes
 
 SCHEMA = 1

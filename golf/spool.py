@@ -14,7 +14,7 @@ import numpy as np
 
 from golf.config import UsageError
 from golf.console import Stage
-from golf.data import write_bytes
+from golf.files import write_bytes
 from golf.sources import Document
 
 VALIDATION_LEAST, VALIDATION_MOST = 300_000, 3_000_000

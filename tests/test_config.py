@@ -72,7 +72,6 @@ def test_fingerprint_is_of_the_configuration_and_not_of_the_seed():
         ({"width": 130, "heads": 8}, "--shape.width 130"),
         ({"kv_heads": 3}, "--shape.kv-heads 3"),
         ({"loops": 0}, "--shape.loops 0"),
-        ({"matrix_bits": 3}, "--shape.matrix-bits 3"),
         ({"vocab_size": 70_000}, "--shape.vocab-size 70000"),
         ({"width": 24, "heads": 8}, "--shape.heads 8"),
         ({"softcap": 0.0}, "--shape.softcap 0.0"),

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.config import UsageError
-from golf.data import Corpus, TokenStream, batches, read_shard, write_bytes, write_shard
+from golf.data import Corpus, TokenStream, batches, read_shard, write_shard
+from golf.files import write_bytes
 
 
 @settings(max_examples=50, deadline=None)
@@ -140,7 +141,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     # A file-size limit is what a full disk looks like to a process.
     code = (
         "import resource, signal, sys, pathlib\n"
-        "from golf.data import write_bytes\n"
+        "from golf.files import write_bytes\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"

@@ -260,7 +260,7 @@ def test_a_crash_keeps_the_last_good_weights(corpus, tmp_path):
     assert (folder / "model.bin").exists()
     from golf import codec
 
-    assert codec.load(folder / "model.bin")[1]["embedding"].max() < 1e3
+    assert codec.load_artifact(folder / "model.bin")[1]["embedding"].max() < 1e3
 
 
 def test_ctrl_c_packs_and_judges_what_there_is(corpus, tmp_path):
