@@ -102,7 +102,7 @@ def test_control_vectors_are_within_half_a_step(weight):
     steps = grid.step_of(rounded.row).astype(np.float64)[:, None]
     assert (np.abs(rounded.weights().astype(np.float64) - weight) <= steps * 0.5001).all()
     largest = np.abs(weight).max(axis=1)
-    normal = largest > 1e-4
+    normal = (largest > 1e-4) & (largest > largest.max() / 200)  # rows beyond that are rows of nothing
     assert (steps[normal, 0] <= largest[normal] / 127 * 2 ** (1.01 / 16)).all()
 
 
