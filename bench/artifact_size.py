@@ -94,10 +94,8 @@ def ours(shape: Shape, grids: dict[str, Grid], coder: str) -> tuple[int, float, 
 
 def coders(shape: Shape, grids: dict[str, Grid]) -> list[dict]:
     """Every coder on the same integers; steps of rows, which all store alike, are left out."""
-    ideal, count = (
-        zero_order(grids),
-        sum(g.integers.size for n, g in grids.items() if tensor_class(n) != "control"),
-    )
+    ideal = zero_order(grids)
+    count = sum(g.integers.size for n, g in grids.items() if tensor_class(n) != "control")
     rows = []
 
     def add(name: str, size: int, encode: float, decode: float) -> None:

@@ -167,7 +167,8 @@ class FollowingTables:
         widths = WIDTHS[context % CONTEXTS // (2 * SHIFTS + 1)]
         means = widths * 3 * (context % (2 * SHIFTS + 1) - SHIFTS) // 10 - context // CONTEXTS * 128
         edges = normal_starts(low, size, widths, means)
-        self.counts = np.diff(edges) * (INCREMENT * START_SYMBOLS) // TABLE_SUM  # (grids * CONTEXTS, S)
+        counts = np.diff(edges) * (INCREMENT * START_SYMBOLS) // TABLE_SUM
+        self.counts = counts.astype(np.int32)  # (grids * CONTEXTS, S)
         self.waiting: list[np.ndarray] = []
         self.waiting_symbols = self.learned = 0
         self.refresh()
@@ -175,21 +176,24 @@ class FollowingTables:
     def refresh(self) -> None:
         """Tables from the counts, every symbol possible."""
         if self.waiting:
-            self.counts += INCREMENT * np.bincount(np.concatenate(self.waiting), minlength=self.counts.size).reshape(
-                self.counts.shape
-            )
+            seen = np.bincount(np.concatenate(self.waiting), minlength=self.counts.size).astype(np.int32)
+            self.counts += INCREMENT * seen.reshape(self.counts.shape)
             self.learned += self.waiting_symbols
             self.waiting, self.waiting_symbols = [], 0
             full = self.counts.sum(axis=1) > COUNT_LIMIT
             self.counts[full] >>= 1
-        sums = np.cumsum(self.counts, axis=1)
-        ends = sums * (TABLE_SUM - self.size) // np.maximum(sums[:, -1:], 1) + np.arange(1, self.size + 1)
+        ends = np.cumsum(self.counts, axis=1, dtype=np.int64)
+        total = np.maximum(ends[:, -1:], 1)
+        ends *= TABLE_SUM - self.size
+        ends //= total
+        ends += np.arange(1, self.size + 1)
         ends[:, -1] = TABLE_SUM
-        self.ends = ends
-        self.start = ends - np.diff(ends, axis=1, prepend=0)
-        self.frequency = (ends - self.start).ravel().astype(np.uint32)
-        self.keys = (self.start + TABLE_SUM * np.arange(len(ends))[:, None]).ravel()
-        self.start = self.start.ravel().astype(np.uint32)
+        start = np.zeros(ends.shape, dtype=np.int32)
+        start[:, 1:] = ends[:, :-1]
+        self.frequency = (ends - start).astype(np.uint32).ravel()
+        self.start = start.astype(np.uint32).ravel()
+        start += TABLE_SUM * np.arange(len(start), dtype=np.int32)[:, None]
+        self.keys = start.ravel()
 
     def contexts(self, scale: np.ndarray, grid: np.ndarray | int = 0) -> np.ndarray:
         """Table of each lane's next symbol, (lanes,) int64; `grid` 1 where the symbol k stands for k + 1/2."""
@@ -259,11 +263,11 @@ def take_following(
     for t, row in enumerate(out):
         scale, grid = scale_of(t), state & 1
         context = tables.contexts(scale, grid)
-        base = context * TABLE_SUM
+        base = (context * TABLE_SUM).astype(np.int32)
         for at in range(0, lanes, decoder.lanes):
             part = slice(at, min(lanes, at + decoder.lanes))
             slot = decoder.slots(part.stop - at)
-            found = np.searchsorted(tables.keys, base[part] + slot, side="right") - 1
+            found = np.searchsorted(tables.keys, base[part] + slot.astype(np.int32), side="right") - 1
             decoder.advance(slot, tables.frequency[found], tables.start[found])
             place[part] = found
         index = place - context * size

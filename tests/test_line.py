@@ -242,12 +242,18 @@ def test_loops_come_on_at_their_fraction(corpus, tmp_path):
 
 
 def test_a_clocked_run_stops_before_its_cap_and_leaves_validation_out(corpus, tmp_path):
-    flags = ["--run.cap", 4, "--run.validate-every", 40, "--run.data", corpus, "--run.no-judge"]
+    flags = ["--run.cap", 4, "--run.validate-every", 40, "--run.data", corpus, "--run.no-judge",
+             "--pack.calibration-batches", 4]  # fmt: skip
     done = run("train_gpt.py", "smoke", *TINY, *flags, "--run.runs", tmp_path)
     assert done.returncode == 0, done.stderr
     trained = rows(only(tmp_path), "trained")[0]
-    assert 3.0 < trained["train_seconds"] <= 4.0
+    assert 2.0 < trained["train_seconds"] <= 4.0
     assert rows(only(tmp_path), "validation") and trained["left_out"] > 0
+    (calibrated,) = rows(only(tmp_path), "calibrated")
+    assert (
+        calibrated["batches"] <= 4
+        and json.loads((only(tmp_path) / "submission.json").read_text())["train_seconds"] <= 4
+    )
 
 
 def test_a_crash_keeps_the_last_good_weights(corpus, tmp_path):
