@@ -20,7 +20,7 @@ from golf.config import TRACKS, Config, Shape, UsageError, tensor_class
 
 MEASURED = Path(__file__).resolve().parent / "machine.json"
 FINEST, COARSEST = 1 / 32, 2.0  # the codec's own limits; a test holds them equal
-FEWEST_BITS = 2.0  # bits a weight below which a plan is refused: nothing here trains well on such a grid
+FEWEST_BITS = 2.0  # bits a weight below which `fit` leaves a width out
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ MACHINES = {
 
 # -- bytes -------------------------------------------------------------------------------------------------------
 
-# What an artifact holds beside its weights' symbols; measured on trained runs (LAB.md).
+# What an artifact holds beside its weights' symbols; measured on one trained `laptop` model (LAB.md).
 ROW_CODE_BITS = 3.8  # a row's step, where it goes with the row's deviation
 EMBED_ROW_BITS = 6.1  # a row of the embedding, whose step goes with how often the piece occurs
 COLUMN_CODE_BITS = 3.8  # a column's step, where columns have their own
@@ -74,7 +74,7 @@ def symbol_bits(step: float, quantizer: str) -> float:
     """Entropy of a standard normal variable on a grid of this step.
 
     Rounding adds the grid's error, step^2 / 12 or with a trellis 0.8 of it, to the variance that is coded: 2.047
-    - log2(step) bits where steps are fine; within 0.1 % of the sum up to a step of 1.5.
+    - log2(step) bits where steps are fine; within 0.3 % up to a step of 1.5.
     """
     error = 0.8 / 12 if quantizer == "trellis" else 1 / 12
     return 0.5 * math.log2(2 * math.pi * math.e * (1 / step**2 + error))
@@ -392,8 +392,8 @@ def fit(config: Config, machine: str, widths: range, uniques: list[int], loops: 
 
 FIT_NOTES = """\
 Every row fills the cap: a narrower model gets a finer grid. A looped block costs no bytes but all of its time, so
-steps_unlooped is what the same bytes would be trained for without loops. Below about 3 bits a weight rounding costs
-more than the width it buys is likely to give back; measure before believing either."""
+steps_unlooped is what the same bytes would be trained for without loops. What a coarser grid costs in score is not
+predicted here: pack a trained model with `artifact.py pack --target-bytes` to see."""
 
 
 def fit_command(arguments: list[str]) -> int:
