@@ -77,7 +77,7 @@ def ours(shape: Shape, grids: dict[str, Grid], coder: str) -> tuple[int, float, 
     for names in codec.groups(shape).values():
         if tensor_class(names[0]) != "control":
             members = [grids[n] for n in names]
-            encoder, text, _ = codec.put_group(members, codec.ways(members[0].walks, coder))
+            encoder, text, _ = codec.put_group(members, codec.ways(members, coder))
             whole.steps += encoder.steps
             described.append(text)
             chosen.append(members)

@@ -20,12 +20,13 @@ from golf.config import Shape, UsageError, shape_from_dict
 from golf.entropy import SCALE_ONE, Reader, put_following, put_static, take_following, take_static
 from golf.grid import CODE_LIMIT, NOTCH, OCTAVE, Grid, as_matrix, step_of
 from golf.rans import CodedDataError, Decoder, Encoder, lane_count
+from golf.reference import put_linked, take_linked
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFPACK", 2
 PREFIX = struct.Struct("<8sI32sI")  # magic, version, sha256, header length
 HEADER_LIMIT = 1 << 16
 WEIGHTS_A_BYTE = 16  # more than any model packs; a file that claims more is refused before anything is allocated
-STATIC, DOWN_COLUMNS, ALONG_ROWS, WALKS = range(4)  # how a group is coded; walks go down columns
+STATIC, DOWN_COLUMNS, ALONG_ROWS, WALKS, LINKED = range(5)  # how a group is coded; walks go down columns
 MEMORIES = ((64, 4), (1024, 32))  # what a following table remembers, and how much its beginning weighs
 
 
@@ -58,11 +59,14 @@ def scales_of(row: np.ndarray, column: np.ndarray, mode: int) -> Callable[[int],
 Way = tuple[int, int, int]  # mode, memory, prior
 
 
-def ways(walks: bool, coder: str) -> list[Way]:
-    """How a group may be coded."""
+def ways(members: list[Grid], coder: str) -> list[Way]:
+    """How a group may be coded. Links are for a tensor without siblings: the embedding or the head."""
+    walks = members[0].walks
     modes = (WALKS,) if walks else (DOWN_COLUMNS, ALONG_ROWS) if coder == "adaptive" else ()
-    following = [(mode, *memory) for mode in modes for memory in MEMORIES]
-    return following if walks else [(STATIC, 0, 0), *following]
+    found = [(mode, *memory) for mode in modes for memory in MEMORIES]
+    if coder == "adaptive" and len(members) == 1 and not walks:
+        found.append((LINKED, 0, 0))
+    return found if walks else [(STATIC, 0, 0), *found]
 
 
 def put_group(grids: list[Grid], tried: list[Way]) -> tuple[Encoder, bytes, Way]:
@@ -74,6 +78,8 @@ def put_group(grids: list[Grid], tried: list[Way]) -> tuple[Encoder, bytes, Way]
         encoder = Encoder()
         if mode == STATIC:
             tables = b"".join(put_static(encoder, matrix) for matrix in stack)
+        elif mode == LINKED:
+            tables = put_linked(encoder, stack[0], scales_of(row, column, mode))
         else:
             steps, scale = lanes_of(stack, mode), scales_of(row, column, mode)
             tables = put_following(encoder, steps, scale, memory, prior, mode == WALKS)
@@ -87,6 +93,8 @@ def take_group(decoder: Decoder, reader: Reader, row: np.ndarray, column: np.nda
     (mode,) = reader.take(1)
     if mode == STATIC:
         stack = [take_static(decoder, reader, rows * columns).reshape(rows, columns) for _ in range(count)]
+    elif mode == LINKED and count == 1:
+        stack = take_linked(decoder, reader, (rows, columns), scales_of(row, column, mode))[None]
     elif mode in (DOWN_COLUMNS, WALKS):
         dims = (rows, count * columns)
         flat = take_following(decoder, reader, dims, scales_of(row, column, mode), mode == WALKS)
@@ -127,7 +135,7 @@ def encode(
         columns = np.stack([grids[name].column for name in names])
         tables += put_codes(whole, rows) + put_codes(whole, columns)
         members = [grids[name] for name in names]
-        tried = [chosen[role]] if role in chosen else ways(members[0].walks, coder)
+        tried = [chosen[role]] if role in chosen else ways(members, coder)
         encoder, described, chosen[role] = put_group(members, tried)
         whole.steps += encoder.steps
         tables += described

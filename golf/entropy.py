@@ -148,27 +148,16 @@ REFRESH = 256  # symbols between two looks at the counts, growing with what has 
 SCALE_ONE = 1 << 10  # a step of average size
 
 
-class FollowingTables:
-    """Tables chosen, for each lane at each step, by the width and mean of the symbols that the lane has shown so far,
-    recent ones weighing more; and learned as they are used.
+class LearnedTables:
+    """One table of frequencies for each context, learned as it is used.
 
-    Lanes are the rows or columns of a group's tensors. Widths and means are of weights, not of symbols: a step's
-    `scale` (lanes,), in 1/1024 of the average, says how large each symbol's grid step is. They come from exponential
-    averages over about `memory` symbols, which begin at the group's mean with the weight of `prior` symbols. A table
-    begins as the normal distribution of its width and mean.
+    A table begins as the normal distribution of its context's width and mean, (contexts,) each in 1/256 of a step.
     """
 
-    def __init__(self, lanes: int, low: int, size: int, magnitude: int, memory: int, prior: int, grids: int = 1):
-        self.low, self.size, self.memory = low, size, memory
-        self.total = np.full(lanes, magnitude * prior, dtype=np.int64)  # of magnitudes, in 1/256
-        self.drift = np.zeros(lanes, dtype=np.int64)  # of symbols, in 1/256
-        self.seen = prior
-        context = np.arange(grids * CONTEXTS)
-        widths = WIDTHS[context % CONTEXTS // (2 * SHIFTS + 1)]
-        means = widths * 3 * (context % (2 * SHIFTS + 1) - SHIFTS) // 10 - context // CONTEXTS * 128
-        edges = normal_starts(low, size, widths, means)
-        counts = np.diff(edges) * (INCREMENT * START_SYMBOLS) // TABLE_SUM
-        self.counts = counts.astype(np.int32)  # (grids * CONTEXTS, S)
+    def __init__(self, low: int, size: int, widths: np.ndarray, means: np.ndarray):
+        self.low, self.size = low, size
+        counts = np.diff(normal_starts(low, size, widths, means)) * (INCREMENT * START_SYMBOLS) // TABLE_SUM
+        self.counts = counts.astype(np.int32)  # (contexts, S)
         self.waiting: list[np.ndarray] = []
         self.waiting_symbols = self.learned = 0
         self.refresh()
@@ -195,6 +184,52 @@ class FollowingTables:
         start += TABLE_SUM * np.arange(len(start), dtype=np.int32)[:, None]
         self.keys = start.ravel()
 
+    def put(self, encoder: Encoder, context: np.ndarray, index: np.ndarray) -> None:
+        """Add a step of symbol indices (lanes,) by their lanes' tables, and learn from it."""
+        place = context * self.size + index
+        encoder.add(self.frequency[place], self.start[place])
+        self.learn(place)
+
+    def take(self, decoder: Decoder, context: np.ndarray) -> np.ndarray:
+        """The inverse: (lanes,) int64."""
+        lanes = context.size
+        base = (context * TABLE_SUM).astype(np.int32)
+        place = np.empty(lanes, dtype=np.int64)
+        for at in range(0, lanes, decoder.lanes):
+            part = slice(at, min(lanes, at + decoder.lanes))
+            slot = decoder.slots(part.stop - at)
+            found = np.searchsorted(self.keys, base[part] + slot.astype(np.int32), side="right") - 1
+            decoder.advance(slot, self.frequency[found], self.start[found])
+            place[part] = found
+        self.learn(place)
+        return place - context * self.size
+
+    def learn(self, place: np.ndarray) -> None:
+        """Count table entries that were used."""
+        self.waiting.append(place)
+        self.waiting_symbols += place.size
+        if self.waiting_symbols >= REFRESH + self.learned // 32:
+            self.refresh()
+
+
+class FollowingTables(LearnedTables):
+    """Tables chosen, for each lane at each step, by the width and mean of the symbols that the lane has shown so far,
+    recent ones weighing more.
+
+    Lanes are the rows or columns of a group's tensors. Widths and means are of weights, not of symbols: a step's
+    `scale` (lanes,), in 1/1024 of the average, says how large each symbol's grid step is. They come from exponential
+    averages over about `memory` symbols, which begin at the group's mean with the weight of `prior` symbols.
+    """
+
+    def __init__(self, lanes: int, low: int, size: int, magnitude: int, memory: int, prior: int, grids: int = 1):
+        self.memory, self.seen = memory, prior
+        self.total = np.full(lanes, magnitude * prior, dtype=np.int64)  # of magnitudes, in 1/256
+        self.drift = np.zeros(lanes, dtype=np.int64)  # of symbols, in 1/256
+        context = np.arange(grids * CONTEXTS)
+        widths = WIDTHS[context % CONTEXTS // (2 * SHIFTS + 1)]
+        means = widths * 3 * (context % (2 * SHIFTS + 1) - SHIFTS) // 10 - context // CONTEXTS * 128
+        super().__init__(low, size, widths, means)
+
     def contexts(self, scale: np.ndarray, grid: np.ndarray | int = 0) -> np.ndarray:
         """Table of each lane's next symbol, (lanes,) int64; `grid` 1 where the symbol k stands for k + 1/2."""
         # A normal variable's width is 321 / 256 mean magnitudes.
@@ -203,13 +238,9 @@ class FollowingTables:
         shift = np.clip((20 * mean + 3 * width) // (6 * width), -SHIFTS, SHIFTS)
         return grid * CONTEXTS + np.searchsorted(WIDTH_LIMITS, width) * (2 * SHIFTS + 1) + shift + SHIFTS
 
-    def update(self, context: np.ndarray, index: np.ndarray, scale: np.ndarray, grid: np.ndarray | int = 0) -> None:
-        """Learn from a step: each lane's table and symbol index, (lanes,) int64."""
-        self.waiting.append(context * self.size + index)
-        self.waiting_symbols += index.size
-        if self.waiting_symbols >= REFRESH + self.learned // 32:
-            self.refresh()
-        symbols = (2 * (index + self.low) + grid) * scale >> 3  # in 1/256 of the average step
+    def follow(self, row: np.ndarray, scale: np.ndarray, grid: np.ndarray | int = 0) -> None:
+        """Remember a step's symbols (lanes,) int64."""
+        symbols = (2 * row + grid) * scale >> 3  # in 1/256 of the average step
         self.total += np.abs(symbols)
         self.drift += symbols
         self.seen += 1
@@ -237,11 +268,9 @@ def put_following(
     tables = FollowingTables(steps.shape[1], low, size, magnitude, memory, prior, 2 if walks else 1)
     state = np.zeros(steps.shape[1], dtype=np.int64)
     for t, row in enumerate(steps):
-        scale, grid = scale_of(t), state & 1
-        context, index = tables.contexts(scale, grid), row.astype(np.int64) - low
-        place = context * size + index
-        encoder.add(tables.frequency[place], tables.start[place])
-        tables.update(context, index, scale, grid)
+        scale, grid, row = scale_of(t), state & 1, row.astype(np.int64)
+        tables.put(encoder, tables.contexts(scale, grid), row - low)
+        tables.follow(row, scale, grid)
         if walks:
             state = NEXT[state, row & 1] if (t + 1) % WALK else state * 0
     return FOLLOWING_HEAD.pack(low, size - 1, magnitude, memory, prior)
@@ -259,20 +288,11 @@ def take_following(
     tables = FollowingTables(lanes, low, size, magnitude, memory, prior, 2 if walks else 1)
     state = np.zeros(lanes, dtype=np.int64)
     out = np.empty(dims, dtype=np.int8)
-    place = np.empty(lanes, dtype=np.int64)
-    for t, row in enumerate(out):
+    for t in range(dims[0]):
         scale, grid = scale_of(t), state & 1
-        context = tables.contexts(scale, grid)
-        base = (context * TABLE_SUM).astype(np.int32)
-        for at in range(0, lanes, decoder.lanes):
-            part = slice(at, min(lanes, at + decoder.lanes))
-            slot = decoder.slots(part.stop - at)
-            found = np.searchsorted(tables.keys, base[part] + slot.astype(np.int32), side="right") - 1
-            decoder.advance(slot, tables.frequency[found], tables.start[found])
-            place[part] = found
-        index = place - context * size
-        row[:] = index + low
-        tables.update(context, index, scale, grid)
+        row = tables.take(decoder, tables.contexts(scale, grid)) + low
+        tables.follow(row, scale, grid)
+        out[t] = row
         if walks:
             state = NEXT[state, row & 1] if (t + 1) % WALK else state * 0
     return out

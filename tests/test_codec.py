@@ -71,7 +71,7 @@ def test_any_group_round_trips(data, stack, walks, count):
     row = base + 16 * data.draw(hnp.arrays(np.int32, (count, rows), elements=st.integers(0, 127)))
     column = 16 * data.draw(hnp.arrays(np.int32, (count, columns), elements=st.integers(-32, 32)))
     grids = [grid.Grid(np.roll(stack, k), row[k], column[k], walks) for k in range(count)]
-    encoder, described, _ = codec.put_group(grids, codec.ways(walks, "adaptive"))
+    encoder, described, _ = codec.put_group(grids, codec.ways(grids, "adaptive"))
     decoder, reader = codec.Decoder(encoder.finish(7), 7), codec.Reader(described)
     for given_grid, got in zip(grids, codec.take_group(decoder, reader, row, column), strict=True):
         assert np.array_equal(given_grid.integers, got.integers) and given_grid.walks == got.walks
