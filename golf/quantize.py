@@ -54,7 +54,8 @@ def prepare(weight: np.ndarray, sensitivity: Sensitivity | None, pack: Pack) -> 
     """Order, error spread and relative steps of a matrix (R, C).
 
     With entropy coding the bits depend on the product of the steps alone, and the loss is sum_c step_c^2 / U_cc^2: it
-    is least when step_c is proportional to U_cc, and to 1 / sqrt(weight) over rows.
+    is least when step_c is proportional to U_cc, and to 1 / sqrt(weight) over rows. One table for a whole tensor wants
+    symbols that are alike: with static tables a step goes with its row's deviation alone.
     """
     columns = weight.shape[1]
     deviation = weight.std(axis=1)
@@ -78,14 +79,14 @@ def prepare(weight: np.ndarray, sensitivity: Sensitivity | None, pack: Pack) -> 
     spread = np.triu(factor)
     pivots = np.diag(spread)
     column = np.zeros(columns, dtype=np.int32)
-    if pack.column_steps:
+    if pack.column_steps and pack.coder == "adaptive":
         logs = np.log2(pivots)
         notches = np.rint(OCTAVE / NOTCH * (logs - logs.mean()))
         column[order] = NOTCH * np.clip(notches, -COLUMN_RANGE, COLUMN_RANGE)
     usual = np.exp(np.log(np.maximum(deviation, 1e-30)).mean())  # so that a step is one in deviations, on average
-    relative = (np.maximum(deviation, 1e-30) / usual) ** pack.row_power / np.sqrt(
-        np.maximum(sensitivity.rows, LEAST_ROW)
-    )
+    relative = np.maximum(deviation, 1e-30) / usual
+    if pack.coder == "adaptive":
+        relative = relative**pack.row_power / np.sqrt(np.maximum(sensitivity.rows, LEAST_ROW))
     scale = usual * relative / np.exp(np.log(relative).mean())
     steps = step_of(column[order]).astype(np.float64)
     cost = float((sensitivity.rows * scale**2).sum() * np.square(steps / pivots).sum()) / 24

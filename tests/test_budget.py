@@ -9,7 +9,7 @@ import pytest
 from conftest import run
 
 import budget
-from golf import codec
+from golf import codec, pace, size
 from golf.config import Config, Pack, Shape, UsageError
 from golf.presets import PRESETS
 from golf.quantize import COARSEST, FINEST, quantize
@@ -22,7 +22,7 @@ def test_steps_are_within_a_tenth_of_the_real_runs():
 
 @pytest.mark.parametrize("name", ["baseline", "record"])
 def test_published_artifacts_are_predicted_from_shape_and_scheme(name):
-    predicted = budget.SCHEMES[name].bytes(PRESETS[name].shape)
+    predicted = size.SCHEMES[name].bytes(PRESETS[name].shape)
     assert predicted == pytest.approx({"baseline": 15_815_847, "record": 15_865_260}[name], rel=0.015)
 
 
@@ -55,7 +55,7 @@ def test_symbol_bits_are_the_entropy_of_gaussian_rows(step):
     weight = np.random.default_rng(0).standard_normal((2000, 512)).astype(np.float32)
     _, counts = np.unique(np.rint(weight / step), return_counts=True)
     p = counts / counts.sum()
-    assert budget.symbol_bits(step, "scalar") == pytest.approx(-(p * np.log2(p)).sum(), rel=0.003)
+    assert size.symbol_bits(step, "scalar") == pytest.approx(-(p * np.log2(p)).sum(), rel=0.003)
 
 
 @pytest.mark.parametrize("step", [0.05, 0.1, 0.35, 0.9])
@@ -67,12 +67,12 @@ def test_predicted_bytes_of_gaussian_weights_with_static_tables(step):
         step, step, "nearest", "scalar", column_steps=False, row_power=1.0, coder="static", calibration_batches=0
     )
     data, _ = quantize(shape, weights, pack, 0, None, partial(codec.encode, shape, coder="static"))
-    predicted = sum(budget.artifact_bytes(Config(shape=shape, pack=pack), 0).values())
+    predicted = sum(size.artifact_bytes(Config(shape=shape, pack=pack), 0).values())
     assert predicted == pytest.approx(len(data), rel=0.005)
 
 
 def test_the_codec_and_the_plan_have_the_same_limits():
-    assert (budget.FINEST, budget.COARSEST) == (FINEST, COARSEST)
+    assert (size.FINEST, size.COARSEST) == (FINEST, COARSEST)
 
 
 def test_fit_answers_the_proposals_question():
@@ -131,32 +131,32 @@ def test_an_oversized_model_does_not_fit():
 
 
 def test_memory_grows_with_the_micro_batch():
-    small = budget.training_memory(PRESETS["gpu24gb"])
+    small = pace.training_memory(PRESETS["gpu24gb"])
     assert small < 24e9
-    assert budget.training_memory(PRESETS["baseline"], 8) == pytest.approx(10_184 * 2**20, rel=0.15)
-    assert math.isclose(budget.training_memory(PRESETS["record"], 8), 41_717 * 2**20, rel_tol=0.15)
+    assert pace.training_memory(PRESETS["baseline"], 8) == pytest.approx(10_184 * 2**20, rel=0.15)
+    assert math.isclose(pace.training_memory(PRESETS["record"], 8), 41_717 * 2**20, rel_tol=0.15)
 
 
 def test_the_fit_recovers_the_rates_that_made_the_steps():
     from golf import timing
 
-    rates = budget.Rates(3e-12, 4e-9, 2e-9, 5e-10)
+    rates = pace.Rates(3e-12, 4e-9, 2e-9, 5e-10)
     configs = [PRESETS[n] for n in ("laptop", "laptop_flat", "smoke", "laptop_naive", "gpu24gb")]
-    fitted = timing.fit([(*budget.step_work(c), budget.step_seconds(c, rates)) for c in configs])
+    fitted = timing.fit([(*pace.step_work(c), pace.step_seconds(c, rates)) for c in configs])
     for config in configs:
-        predicted = budget.step_seconds(config, budget.Rates(*fitted))
-        assert predicted == pytest.approx(budget.step_seconds(config, rates), rel=1e-3)
+        predicted = pace.step_seconds(config, pace.Rates(*fitted))
+        assert predicted == pytest.approx(pace.step_seconds(config, rates), rel=1e-3)
 
 
 def test_a_measured_machine_is_used_and_a_damaged_one_is_refused(tmp_path, monkeypatch):
     rates = {"per_flop": 3e-12, "per_element": 4e-9, "per_logit": 2e-9, "per_score": 0.0, "memory_gb": 1, "source": "x"}
-    monkeypatch.setattr(budget, "MEASURED", tmp_path / "machine.json")
+    monkeypatch.setattr(pace, "MEASURED", tmp_path / "machine.json")
     with pytest.raises(UsageError, match="budget.py measure"):
         budget.plan(PRESETS["laptop"], "this")
-    budget.MEASURED.write_text(json.dumps({"rates": {"fast": rates, "float32": {**rates, "per_flop": 6e-12}}}))
+    pace.MEASURED.write_text(json.dumps({"rates": {"fast": rates, "float32": {**rates, "per_flop": 6e-12}}}))
     fast, slow = (budget.plan(PRESETS[n], "this")["step_ms"] for n in ("laptop", "laptop_naive"))
-    assert fast == pytest.approx(1e3 * budget.step_seconds(PRESETS["laptop"], budget.Rates(**rates)), abs=0.01)
-    assert slow > 1e3 * budget.step_seconds(PRESETS["laptop_naive"], budget.Rates(**rates))
-    budget.MEASURED.write_text('{"rates": {}}')
+    assert fast == pytest.approx(1e3 * pace.step_seconds(PRESETS["laptop"], pace.Rates(**rates)), abs=0.01)
+    assert slow > 1e3 * pace.step_seconds(PRESETS["laptop_naive"], pace.Rates(**rates))
+    pace.MEASURED.write_text('{"rates": {}}')
     with pytest.raises(UsageError, match="damaged"):
         budget.plan(PRESETS["laptop"], "this")
