@@ -4,16 +4,18 @@ python artifact.py check FOLDER [--json]
 python artifact.py unpack FOLDER/model.bin WEIGHTS.safetensors
 python artifact.py pack WEIGHTS.safetensors MODEL.bin [--target-bytes N] [--hessians FILE]
 python artifact.py bundle RUN|PRESET [--output FOLDER] [--minify] [--pack] [--golden DATA]
+python artifact.py rescore RUN FOLDER [--stride N] [--isolate] [--adapt-rank R] ...
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -23,8 +25,8 @@ from tyro.conf import Positional, arg
 
 from golf import bundle, folders, records
 from golf.checkpoint import read_sensitivities, read_tensors, write_weights
-from golf.codec import encode, load_artifact
-from golf.config import TRACKS, Config, Pack, UsageError, check_pack
+from golf.codec import encode, load_artifact, read_header, with_note
+from golf.config import TRACKS, Config, Pack, Scoring, UsageError, check_pack, check_scoring
 from golf.console import parse, run_script
 from golf.files import write_bytes
 from golf.presets import PRESETS
@@ -181,6 +183,37 @@ def golden_difference(config: Config, source: str, data: Path, steps: int = 20) 
 dumps, loads = json.dumps, json.loads  # the commands have an option called json
 
 
+def rescore(
+    run: Positional[str], output: Positional[str],
+    scoring: Annotated[Scoring, arg(name="")] = Scoring(), json: bool = False,  # noqa: B008, frozen
+) -> int:  # fmt: skip
+    """Copy a run folder with other ways of scoring stored in its artifact: windows, documents, adaptation.
+
+    Args:
+        run: A run folder.
+        output: Folder to write.
+        scoring: How the packed model is asked.
+        json: Print one JSON object.
+    """
+    source, target = Path(run), Path(output)
+    record = records.read(source)
+    check_scoring(scoring, record.context)
+    data = (source / "model.bin").read_bytes() if (source / "model.bin").is_file() else b""
+    note = read_header(data)[1] | {"scoring": asdict(scoring)}
+    if target.exists():
+        raise UsageError(f"{target} exists already, name another folder.")
+    shutil.copytree(source, target)
+    write_bytes(target / "model.bin", with_note(data, note))
+    measured, adapts = folders.sizes(target), scoring.adapt_rank > 0
+    records.write(target, replace(
+        record, stride=scoring.stride, chunk=scoring.chunk if adapts else 0, adapts=adapts, val_bpb=None, val_loss=None,
+        eval_seconds=None, bytes_model=measured.weights, bytes_total=measured.total,
+        headroom=record.cap - measured.total, config=record.config | {"scoring": asdict(scoring)},
+    ))  # fmt: skip
+    show({"written": output, "bytes_total": measured.total}, json)
+    return 0
+
+
 def show(result: dict, as_json: bool) -> None:
     """Print a result for a machine or for a person."""
     print(
@@ -191,7 +224,7 @@ def show(result: dict, as_json: bool) -> None:
 
 
 def main() -> int:
-    commands = {"pack": pack, "check": check, "unpack": unpack, "bundle": bundle_run}
+    commands = {"pack": pack, "check": check, "unpack": unpack, "bundle": bundle_run, "rescore": rescore}
     return parse(tyro.extras.subcommand_cli_from_dict, commands, prog="artifact.py")
 
 

@@ -1,10 +1,12 @@
-"""The referee: a submission folder to bits per byte on the whole validation split.
+"""The referee: a submission folder to bits per byte on the whole validation split, and whether the number holds.
 
-    python eval_bpb.py FOLDER [--data DIR] [--official] [--json]
+    python eval_bpb.py FOLDER [--data DIR] [--official] [--json] [--retrain]
+    python eval_bpb.py prove FOLDER [--documents N] [--tokens T]
     python eval_bpb.py sample FOLDER --prompt TEXT
+    python eval_bpb.py lint FOLDER...
 
-The scorer runs in a fresh process that is given only the counted files and the tokenizer. The loop, the tokens, the
-byte count, the clock and the sum of nats are the referee's own.
+The scorer runs in a process that is given only the counted files and the tokenizer. The loop, the tokens, the byte
+count, the clock, the ledger and the probes are the referee's own.
 """
 
 from __future__ import annotations
@@ -13,280 +15,218 @@ import contextlib
 import hashlib
 import json
 import os
-import select
-import signal
+import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import tyro
 
-from golf import folders, records
-from golf.bpb import ByteTable, Score, decoded_bytes, windows
+from golf import evidence, prove, records, submission, validation
+from golf.bpb import ByteTable, Score
 from golf.config import TRACKS, UsageError
 from golf.console import parse, run_script
+from golf.contender import Contender, Invalid, Limits
 from golf.data import Corpus
+from golf.files import write_bytes
+from golf.judging import CHECKS, Referee, Sheet, fresh_process, stock_tokens, tell_progress
 
-HOST = Path(__file__).resolve().parent / "golf" / "host.py"
-BUFFER_BYTES = 64 << 20  # log-probabilities asked for at a time
-NORMAL = 1e-3  # how far a row's probabilities may sum from 1
-
-
-class Invalid(Exception):
-    """The submission broke a rule or its scorer failed: one sentence; exit 1."""
-
-
-@dataclass
-class Limits:
-    """Seconds left for loading and scoring together."""
-
-    seconds: float
-
-    def __post_init__(self) -> None:
-        self.began = time.monotonic()
-
-    @property
-    def used(self) -> float:
-        return time.monotonic() - self.began
-
-    @property
-    def left(self) -> float:
-        return self.seconds - self.used
-
-
-class Host:
-    """A submission's scorer in its own process, on a copy of what is counted. Use as a context manager.
-
-    Tokens and log-probabilities cross in two files that only open descriptors reach; what is read is copied before it
-    is looked at. Raises Invalid when the scorer fails, answers with wrong shapes or runs out of time.
-    """
-
-    def __init__(self, folder: Path, tokenizer: bytes, limits: Limits):
-        self.folder, self.tokenizer, self.limits = folder, tokenizer, limits
-
-    def __enter__(self) -> Host:
-        with contextlib.ExitStack() as stack:
-            self.start(stack)
-            self.vocab = self.receive("vocab")
-            self.resources = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.resources.__exit__(None, None, None)
-
-    def start(self, stack: contextlib.ExitStack) -> None:
-        """Copy the folder and start the process; everything is undone by `stack`."""
-        copy = stack.enter_context(tempfile.TemporaryDirectory(prefix="golf-", ignore_cleanup_errors=True))
-        folders.copy_counted(self.folder, Path(copy))
-        (Path(copy) / "tokenizer.model").write_bytes(self.tokenizer)  # the referee's own, not the folder's
-        self.tokens, self.answers = (shared_file(stack) for _ in range(2))
-        request_read, request_write = os.pipe()
-        answer_read, answer_write = os.pipe()
-        kept = ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TMPDIR")
-        environment = {k: os.environ[k] for k in kept if k in os.environ} | {"HOME": copy}
-        passed = (request_read, answer_write, self.tokens.fileno(), self.answers.fileno())
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(HOST), copy, *map(str, passed)], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=copy, env=environment, pass_fds=passed,
-            start_new_session=True,
-        )  # fmt: skip
-        os.close(request_read)
-        os.close(answer_write)
-        stack.callback(self.kill)
-        self.requests, self.replies = os.fdopen(request_write, "w"), answer_read
-        stack.callback(os.close, answer_read)
-        stack.callback(self.close_requests)
-        self.pending = b""
-
-    def close_requests(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.requests.close()
-
-    def kill(self) -> None:
-        """End the scorer and what it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def receive(self, key: str) -> int:
-        """The integer under `key` of the scorer's next message."""
-        while b"\n" not in self.pending:
-            ready, _, _ = select.select([self.replies], [], [], max(0.0, self.limits.left))
-            if not ready:
-                raise Invalid(f"the scorer was stopped after {self.limits.seconds:g} s, the track's evaluation cap")
-            part = os.read(self.replies, 65_536)
-            if not part:
-                raise Invalid(f"the scorer's process ended (exit code {self.process.wait()})")
-            self.pending += part
-            if len(self.pending) > 1 << 20:
-                raise Invalid("the scorer answered with something else than a short message")
-        line, self.pending = self.pending.split(b"\n", 1)
-        try:
-            message = json.loads(line)
-            if isinstance(message, dict) and "error" in message:
-                raise Invalid(f"the scorer failed: {str(message['error'])[:500]}")
-            value = message[key]
-            if type(value) is not int or value < 1:
-                raise ValueError(value)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise Invalid(f"the scorer answered {line[:80]!r}") from error
-        return value
-
-    def logprobs(self, tokens: np.ndarray) -> np.ndarray:
-        """tokens (B, T) int64 -> (B, T, V) float32, the referee's own copy."""
-        rows, length = tokens.shape
-        given = np.empty((rows, length, self.vocab), dtype=np.float32)
-        os.ftruncate(self.answers.fileno(), given.nbytes)
-        data = np.ascontiguousarray(tokens, dtype=np.int64).tobytes()
-        os.ftruncate(self.tokens.fileno(), len(data))
-        os.pwrite(self.tokens.fileno(), data, 0)
-        with contextlib.suppress(BrokenPipeError):  # receive() says how the process ended
-            self.requests.write(json.dumps({"rows": rows, "length": length}) + "\n")
-            self.requests.flush()
-        if self.receive("rows") != rows:
-            raise Invalid("the scorer answered another request than the one made")
-        view, done = memoryview(given).cast("B"), 0
-        while done < given.nbytes:
-            count = os.preadv(self.answers.fileno(), [view[done:]], done)
-            if not count:
-                raise Invalid("the scorer cut the file of its answers short")
-            done += count
-        return given
-
-
-def shared_file(stack: contextlib.ExitStack) -> BinaryIO:
-    """A nameless file that lives while it is open, in memory where the system can."""
-    if hasattr(os, "memfd_create"):
-        return stack.enter_context(os.fdopen(os.memfd_create("golf"), "w+b", buffering=0))
-    return stack.enter_context(tempfile.TemporaryFile(buffering=0))
-
-
-def score_tokens(
-    ask: Callable[[np.ndarray], np.ndarray],
-    vocab: int,
-    tokens: np.ndarray,
-    context: int,
-    official: bool,
-    progress: Callable[[int], None] = lambda done: None,
-) -> tuple[float, int]:
-    """Nats (float64) and targets of a stream of tokens, rows of `context`; the partial last row too unless official.
-
-    At places of the referee's choice, in every answer, the probabilities must sum to 1. Raises Invalid.
-    """
-    rows = max(1, BUFFER_BYTES // (4 * vocab * context))
-    choice = np.random.default_rng()
-    nats, count = 0.0, 0
-    for inputs, targets in windows(tokens, context, rows, whole_only=official):
-        given = ask(inputs)
-        chosen = np.take_along_axis(given, targets[..., None], axis=-1)[..., 0]
-        if not np.isfinite(chosen).all() or chosen.max() > NORMAL:
-            raise Invalid("the scorer gave a log-probability that is not finite or above 0")
-        places = choice.integers(0, targets.size, max(8, targets.size // 100))
-        sums = np.exp(given.reshape(-1, vocab)[places].astype(np.float64)).sum(axis=-1)
-        wrong = ~(np.abs(sums - 1) <= NORMAL)  # also where the sum is not a number
-        if wrong.any():
-            raise Invalid(f"the scorer's probabilities sum to {sums[wrong][0]:.4f}, not to 1")
-        nats -= float(chosen.sum(dtype=np.float64))
-        count += targets.size
-        progress(count)
-    return nats, count
-
-
-def count_bytes(table: ByteTable, tokens: np.ndarray, targets: int) -> int:
-    """Bytes of the first `targets` targets, once the table and the decoded text of the whole split agree."""
-    by_table = table.count(tokens[:-1], tokens[1:])
-    by_text = decoded_bytes(table, tokens)
-    if by_table != by_text:
-        raise UsageError(
-            f"The validation text decodes to {by_text:,} bytes but the token table counts {by_table:,}; "
-            "the tokenizer does not fit these shards."
-        )
-    return by_table if targets == tokens.size - 1 else table.count(tokens[:targets], tokens[1 : targets + 1])
-
-
-def tell_progress(total: int, limits: Limits) -> Callable[[int], None]:
-    """Scored tokens and time left, on a terminal only."""
-    if not sys.stderr.isatty():
-        return lambda done: None
-
-    def tell(done: int) -> None:
-        left = limits.used / done * (total - done)
-        end = "\n" if done >= total else ""
-        print(f"\rscored {done:,} of {total:,} tokens, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
-
-    return tell
+ROOT = Path(__file__).resolve().parent
 
 
 def data_folder(record: records.Record, given: str) -> Path:
-    """The data asked for, or the data the record names. Raises UsageError."""
-    if given:
-        return Path(given)
-    return Path(os.environ.get("DATA_PATH") or f"data/{record.corpus}")
+    """The data asked for, or the data the record names."""
+    return Path(given or os.environ.get("DATA_PATH") or f"data/{record.corpus}")
 
 
-def check_context(record: records.Record, folder: Path) -> None:
-    """Refuse a record that asks for rows of no sane length. Raises UsageError."""
-    if not 2 <= record.context <= 1 << 20:
-        raise UsageError(f"{folder}/submission.json: context {record.context} is not from 2 to {1 << 20}.")
+def folder_sha256(folder: Path) -> str:
+    """Of the names and bytes of all counted files."""
+    from golf import folders
+
+    digest = hashlib.sha256()
+    for path in folders.counted(folder):
+        data = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()
 
 
-def judge(folder: Path, data: Path, official: bool = False) -> dict:
-    """Score a submission folder. Raises Invalid for the submission's faults, UsageError for the user's."""
-    record = records.read(folder)
-    corpus = Corpus(data)
-    if record.track not in TRACKS:
-        raise UsageError(f"{folder}/submission.json: track {record.track!r} is none of {', '.join(TRACKS)}.")
-    check_context(record, folder)
-    measured = folders.sizes(folder)
-    model = corpus.tokenizer.read_bytes()
-    if record.tokenizer_sha256 not in ("", hashlib.sha256(model).hexdigest()):
-        raise UsageError(f"--data {data}: its tokenizer is not the one {folder} was trained with, name other data.")
-    table = ByteTable(model)
-    tokens = np.concatenate(corpus.shards("val"))
-    if tokens.size - 1 < record.context:
-        raise UsageError(f"--data {data}: the validation split is shorter than one row of {record.context} tokens.")
-    if int(tokens.max()) >= table.vocab_size:
-        raise UsageError(f"--data {data}: a validation token exceeds the tokenizer's {table.vocab_size} pieces.")
-    targets = tokens.size - 1
-    if official:
-        targets = targets // record.context * record.context
-    text_bytes = count_bytes(table, tokens, targets)
-    limits = Limits(TRACKS[record.track].eval_seconds)
-    with Host(folder, model, limits) as host:
-        if host.vocab != table.vocab_size:
-            raise Invalid(f"the scorer's vocabulary is {host.vocab}, the tokenizer's {table.vocab_size}")
-        tell = tell_progress(targets, limits)
-        nats, count = score_tokens(host.logprobs, host.vocab, tokens, record.context, official, tell)
-    seconds = limits.used
-    score = Score(nats, count, text_bytes)
-    artifact = folder / "model.bin"
+def judge(
+    folder: Path, data: Path, official: bool = False, off: frozenset[int] = frozenset(), claims: bool = True,
+    limits: Limits | None = None,
+) -> dict:  # fmt: skip
+    """A submission's verdict: its score, and every check with its evidence; "invalid" says why where it is.
+
+    `off` leaves checks out, to show what each is for. `claims` compares the record's own score with the measured one.
+    Raises UsageError for the user's faults.
+    """
+    entry = submission.read(folder)
+    sheet, limits = Sheet(off), limits or Limits(entry.limits.eval_seconds)
+    verdict = {
+        "folder": str(folder), "track": entry.record.track, "official_truncation": official,
+        "folder_sha256": folder_sha256(folder), "machine": f"{platform.processor() or platform.machine()}, "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}",
+    }  # fmt: skip
+    try:
+        text = validation.load(data, entry)
+        if text.tokens.size - 1 < entry.context and official:
+            raise UsageError(f"--data {data}: it is shorter than one row of {entry.context} tokens.")
+        verdict |= score_text(entry, text, data, sheet, limits, official, claims)
+    except Invalid as fault:
+        verdict["invalid"] = str(fault)
+        if fault.check:
+            sheet.see(fault.check, False, str(fault))
+    verdict["checks"] = [
+        {"number": n, "check": CHECKS[n], "status": c.status, "evidence": c.evidence()} for n, c in sheet.checks.items()
+    ]
+    if sheet.faults() and "invalid" not in verdict:
+        verdict["invalid"] = sheet.faults()[0]
+    verdict["valid"] = "invalid" not in verdict
+    verdict["retrained"] = "not run: whether the weights were trained on validation text is not known"
+    return verdict
+
+
+def score_text(
+    entry: submission.Submission, text: validation.Validation, data: Path, sheet: Sheet, limits: Limits,
+    official: bool, claims: bool,
+) -> dict:  # fmt: skip
+    """Score the whole text; all checks that can be made. Raises Invalid."""
+    corpus = Corpus(data) if data.is_dir() else None
+    evidence.claims(entry, text, sheet, official)
+    shut_in = 11 not in sheet.off
+    with Contender(entry.folder, text.tokenizer.model, limits, data, shut_in=shut_in) as contender:
+        if contender.vocab != text.tokenizer.vocab_size:
+            raise Invalid(
+                f"the scorer's vocabulary is {contender.vocab}, the tokenizer's {text.tokenizer.vocab_size}", 8
+            )
+        if entry.adapts and not {"adapt", "reset"} <= contender.offers:
+            raise Invalid("it is said to adapt, but its scorer has no adapt() and reset()", 5)
+        tell = tell_progress(text.tokens.size - 1, limits)
+        referee = Referee(entry, text, contender, sheet, stock_tokens(text), official, tell)
+        referee.run()
+        evidence.shut_in(contender, sheet)
+    sheet.see(10, limits.scoring <= limits.seconds, f"it took {limits.scoring:.0f} s of {limits.seconds:g}")
+    sheet.note(10, f"{limits.scoring:.1f} of {limits.seconds:g} s for loading and scoring")
+    score = Score(referee.ledger.nats, referee.ledger.count, text.bytes_of(referee.ledger.count))
+    if not {14, 15, 16} <= sheet.off:
+        fresh_process(referee, entry.folder, limits, data)
+    claimed = entry.record.val_bpb
+    if claims and claimed is not None and not official:
+        off = abs(claimed / score.bpb - 1)
+        sheet.see(16, off <= evidence.CLAIM, f"it claims {claimed} bits a byte, its scorer gives {score.bpb:.5f}")
+    if corpus is not None:
+        evidence.disjoint(corpus, sheet)
+    else:
+        sheet.note(12, "no training shards were given")
+    evidence.stored_text(entry, text, corpus, sheet)
+    evidence.certain_runs(referee.ledger.scores, text.tokens, corpus, sheet)
+    artifact = entry.folder / "model.bin"
+    measured = evidence.folders.sizes(entry.folder)
     return {
-        "folder": str(folder), "val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens,
-        "val_bytes": score.bytes, "eval_seconds": round(seconds, 3), "official_truncation": official,
-        "corpus": corpus.name, "corpus_fingerprint": corpus.fingerprint, "bytes_total": measured.total,
-        "cap": TRACKS[record.track].bytes_cap, "fits": measured.total <= TRACKS[record.track].bytes_cap,
+        "val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens, "val_bytes": score.bytes,
+        "eval_seconds": round(limits.scoring, 3), "probe_seconds": round(limits.probing, 3), "corpus": text.corpus,
+        "corpus_fingerprint": text.corpus_fingerprint, "validation_sha256": text.sha256,
+        "tokenizer_sha256": hashlib.sha256(text.tokenizer.model).hexdigest(),
+        "ledger_sha256": referee.ledger.digest.hexdigest(), "isolation": contender.isolation,
+        "bytes_total": measured.total, "cap": entry.limits.bytes_cap,
+        "fits": measured.total <= entry.limits.bytes_cap,
         "model_sha256": hashlib.sha256(artifact.read_bytes()).hexdigest() if artifact.is_file() else "",
     }  # fmt: skip
 
 
+def prove_folder(folder: Path, data: Path, documents: int, tokens: int) -> dict:
+    """Compress a sample with the scorer, have a fresh process read it back, and compare size and score."""
+    entry = submission.read(folder)
+    text = validation.load(data, entry)
+    limits = Limits(entry.limits.eval_seconds)
+    began = time.monotonic()
+    sample = prove.choose(text, entry.context, documents, tokens, np.random.default_rng())
+    bos = text.tokenizer.bos
+    with Contender(folder, text.tokenizer.model, limits, data) as scorer:
+        if entry.adapts:
+            scorer.reset()
+        nats = prove.usual_score(scorer, sample, entry.chunk)
+        if entry.adapts:
+            scorer.reset()
+        packed = prove.compress(scorer, sample, bos, entry.chunk)
+    with tempfile.TemporaryDirectory(prefix="golf-") as place:
+        path = Path(place) / "proof"
+        path.write_bytes(packed)
+        command = [sys.executable, str(ROOT / "eval_bpb.py"), "decode", str(folder), str(path), "--bos", str(bos)]
+        if text.tokenizer.model:
+            (Path(place) / "tokenizer.model").write_bytes(text.tokenizer.model)
+            command += ["--tokenizer", str(Path(place) / "tokenizer.model")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 2:
+        raise UsageError(done.stderr.strip().splitlines()[-1])
+    same = done.returncode == 0 and done.stdout.strip() == prove.digest(sample.rows)
+    seen = sum(len(text.tokenizer.decode(r)) for r in sample.rows)
+    result = prove.report(sample, seen, len(packed), nats, same, time.monotonic() - began)
+    write_verdict(folder, {"proof": result})
+    return result
+
+
+def write_verdict(folder: Path, values: dict) -> None:
+    """verdict.json, what stands in it already kept; a folder that cannot be written keeps none."""
+    path = folder / "verdict.json"
+    old = {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        old = json.loads(path.read_text("utf-8"))
+    kept = {"proof": old["proof"]} if isinstance(old, dict) and "proof" in old else {}
+    if "proof" in values and isinstance(old, dict):
+        kept = old
+    try:
+        write_bytes(path, json.dumps({**kept, **values}, indent=1).encode() + b"\n")
+    except UsageError:
+        print(f"{folder} cannot be written: no verdict.json.", file=sys.stderr)
+
+
 @dataclass(frozen=True)
 class JudgeArguments:
-    """Score a submission folder in bits per byte. Exit 0 scored, 1 invalid or over the cap, 2 misuse."""
+    """Score a submission folder in bits per byte and check it. Exit 0 valid, 1 invalid, 2 misuse."""
+
+    folder: tyro.conf.Positional[str]
+    """A run folder, or any folder with a scorer and submission.json."""
+    data: str = ""
+    """Prepared data, or documents as JSON lines; DATA_PATH or data/CORPUS of the record when empty."""
+    official: bool = False
+    """Leave out the partial last row, as the contest's trainer does."""
+    retrain: bool = False
+    """Also train again, from the folder's own code, where no validation text exists."""
+    memory: float = 0.0
+    """Gigabytes that the scorer may take; 0 is three quarters of the machine's."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class ProveArguments:
+    """Compress a sample of the validation text with the scorer and decode it in a fresh process."""
 
     folder: tyro.conf.Positional[str]
     """A run folder."""
+    documents: int = 16
+    """Documents, chosen anew each time."""
+    tokens: int = 96
+    """Tokens of each."""
     data: str = ""
     """Prepared data; DATA_PATH or data/CORPUS of the record when empty."""
-    official: bool = False
-    """Leave out the partial last row, as the contest's trainer does."""
     json: bool = False
     """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class DecodeArguments:
+    """Read a proof back; prints the sha256 of its tokens."""
+
+    folder: tyro.conf.Positional[str]
+    file: tyro.conf.Positional[str]
+    bos: int = 1
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True)
@@ -311,18 +251,17 @@ def sample(arguments: SampleArguments) -> str:
         value = getattr(arguments, name)
         if not 0 <= value < float("inf"):
             raise UsageError(f"--{name} {value}: give 0 or more.")
-    record = records.read(folder)
-    check_context(record, folder)
+    entry = submission.read(folder)
     table = ByteTable(folder / "tokenizer.model")
     generator = np.random.default_rng(arguments.seed)
     row = [table.bos, *table.encode(arguments.prompt)]
     asked = table.decode(row)
-    limits = Limits(TRACKS.get(record.track, TRACKS["contest"]).eval_seconds)
-    with Host(folder, (folder / "tokenizer.model").read_bytes(), limits) as host:
-        if host.vocab != table.vocab_size:
-            raise Invalid(f"the scorer's vocabulary is {host.vocab}, the tokenizer's {table.vocab_size}")
+    limits = Limits(entry.limits.eval_seconds)
+    with Contender(folder, (folder / "tokenizer.model").read_bytes(), limits) as scorer:
+        if scorer.vocab != table.vocab_size:
+            raise Invalid(f"the scorer's vocabulary is {scorer.vocab}, the tokenizer's {table.vocab_size}")
         for _ in range(arguments.tokens):
-            given = host.logprobs(np.array([row[-record.context :]], dtype=np.int64))[0, -1].astype(np.float64)
+            given = scorer.logprobs(np.array([row[-entry.context :]], dtype=np.int64))[0, -1].astype(np.float64)
             if not np.isfinite(given).any() or np.isnan(given).any():
                 raise Invalid("the scorer gave log-probabilities that are not numbers")
             if arguments.temperature == 0:
@@ -336,19 +275,77 @@ def sample(arguments: SampleArguments) -> str:
     return arguments.prompt + table.decode(row)[len(asked) :].decode(errors="replace")
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["sample"]:
-        print(sample(parse(tyro.cli, SampleArguments, prog="eval_bpb.py sample", args=sys.argv[2:])))
-        return 0
-    arguments = parse(tyro.cli, JudgeArguments, prog="eval_bpb.py")
+def decode(arguments: DecodeArguments) -> str:
+    """The sha256 of a proof's tokens, decoded by a scorer that has seen nothing else."""
     folder = Path(arguments.folder)
-    verdict = judge(folder, data_folder(records.read(folder), arguments.data), arguments.official)
+    entry = submission.read(folder)
+    try:
+        data = Path(arguments.file).read_bytes()
+        model = Path(arguments.tokenizer).read_bytes() if arguments.tokenizer else b""
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be read ({error.strerror}).") from error
+    prove.take_apart(data)
+    with Contender(folder, model, Limits(entry.limits.eval_seconds)) as scorer:
+        if entry.adapts:
+            scorer.reset()
+        return prove.digest(prove.decompress(scorer, data, arguments.bos, entry.chunk))
+
+
+def show(verdict: dict) -> None:
+    """The verdict for people."""
+    for row in verdict["checks"]:
+        print(f"{row['number']:>3}  {row['check']:<30}{row['status']:<9}{row['evidence']}")
+    skipped = ("checks", "valid", "invalid", "retrained")
+    for key, value in verdict.items():
+        if key not in skipped:
+            print(f"{key}: {value}")
+    print(f"retrained: {verdict['retrained']}")
+    ran = sum(row["status"] != "not run" for row in verdict["checks"])
+    found = "valid" if verdict["valid"] else "INVALID, " + verdict["invalid"]
+    print(f"verdict: {found} ({ran} of {len(CHECKS)} checks run)")
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    if words[:1] == ["sample"]:
+        print(sample(parse(tyro.cli, SampleArguments, prog="eval_bpb.py sample", args=words[1:])))
+        return 0
+    if words[:1] == ["decode"]:
+        print(decode(parse(tyro.cli, DecodeArguments, prog="eval_bpb.py decode", args=words[1:])))
+        return 0
+    if words[:1] == ["lint"]:
+        from golf import lint
+
+        return lint.main(words[1:])
+    if words[:1] == ["prove"]:
+        asked = parse(tyro.cli, ProveArguments, prog="eval_bpb.py prove", args=words[1:])
+        for name in ("documents", "tokens"):
+            if not 1 <= getattr(asked, name) <= 65_535:
+                raise UsageError(f"--{name} {getattr(asked, name)}: give 1 to 65,535.")
+        folder = Path(asked.folder)
+        result = prove_folder(folder, data_folder(records.read(folder), asked.data), asked.documents, asked.tokens)
+        print(json.dumps(result) if asked.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+        return 0 if result["holds"] else 1
+    arguments = parse(tyro.cli, JudgeArguments, prog="eval_bpb.py", args=words)
+    folder = Path(arguments.folder)
+    record = records.read(folder)
+    if record.track not in TRACKS:
+        raise UsageError(f"{folder}/submission.json: track {record.track!r:.60} is none of {', '.join(TRACKS)}.")
+    data = data_folder(record, arguments.data)
+    limits = Limits(TRACKS[record.track].eval_seconds, memory=int(arguments.memory * 1e9))
+    verdict = judge(folder, data, arguments.official, limits=limits)
+    if arguments.retrain:
+        from golf.retrain import retrain
+
+        verdict["retrained"] = retrain(folder, data, verdict, partial(judge, claims=False))
+    write_verdict(folder, verdict)
     if arguments.json:
         print(json.dumps(verdict))
     else:
-        for key, value in verdict.items():
-            print(f"{key}: {value}")
-    return 0 if verdict["fits"] else 1
+        show(verdict)
+    if not verdict["valid"]:
+        print(f"invalid: {verdict['invalid']}.", file=sys.stderr)
+    return 0 if verdict["valid"] else 1
 
 
 def main_with_verdicts() -> int:

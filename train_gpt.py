@@ -21,7 +21,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from golf.bpb import Score, windows
 from golf.calibrate import calibrate, rehearse
 from golf.clock import Clock, StepCounter
 from golf.codec import encode, load_artifact
-from golf.config import Config, UsageError
+from golf.config import Config, Scoring, UsageError
 from golf.data import Corpus, TokenStream, batches
 from golf.files import write_bytes
 from golf.machine import Machine, accumulate, compile_model, keep_memory, peak_memory, set_up, warm_up_in_memory
@@ -41,31 +41,13 @@ from golf.model import RecurrentGPT
 from golf.muon import Optimizers
 from golf.noise import GridNoise
 from golf.quantize import Sensitivity, quantize
+from golf.scoring import Scorer
 
 VALIDATION_TOKENS = 16_384  # tokens a rank scores at a time
 PENALTY_TOKENS = 32_768
 
 
-# == the submission's side: from the packed artifact to distributions ============================================
-
-
-class Scorer:
-    """The packed model as the referee asks for it: log-probabilities of every piece after every prefix."""
-
-    def __init__(self, folder: Path | str):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        shape, weights = load_artifact(Path(folder) / "model.bin")
-        self.model = RecurrentGPT(shape)
-        self.model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
-        self.model.to(self.device).eval()
-        self.vocab = shape.vocab_size
-
-    @torch.inference_mode()
-    def logprobs(self, tokens: np.ndarray) -> np.ndarray:
-        """tokens (B, T) int64 -> natural-log probabilities (B, T, V) float32 of the piece after each position."""
-        logits = self.model(torch.from_numpy(np.ascontiguousarray(tokens)).to(self.device), dtype=self.dtype)
-        return torch.log_softmax(logits, dim=-1).cpu().numpy()
+# == the submission's side ====================================================================================
 
 
 def load_scorer(folder: Path | str) -> Scorer:
@@ -252,6 +234,8 @@ def pack(result: Result, config: Config, path: Path, code_bytes: int, report: Ca
     began = time.perf_counter()
     weights = {name: p.detach().float().cpu().numpy() for name, p in result.model.named_parameters()}
     note = {"preset": config.preset, "seed": config.run.seed}
+    if config.scoring != Scoring():
+        note["scoring"] = asdict(config.scoring)
     data, about = quantize(
         config.shape, weights, config.pack, config.target_bytes(code_bytes), result.sensitivities,
         partial(encode, config.shape, note=note, coder=config.pack.coder, chosen={}),

@@ -20,8 +20,8 @@ from golf.files import write_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "config", "files", "model", "trellis", "grid", "rans", "entropy", "codec", "quantize", "muon", "data", "bpb",
-    "clock", "machine", "calibrate", "noise",
+    "config", "files", "model", "trellis", "grid", "rans", "entropy", "reference", "codec", "quantize", "muon", "data",
+    "bpb", "clock", "machine", "calibrate", "noise", "scoring",
 )  # fmt: skip
 PACKAGES = {"torch", "numpy", "sentencepiece", "zstandard", *sys.stdlib_module_names}
 KEPT = ("load_scorer", "main", "CONFIG")
@@ -170,7 +170,7 @@ def reachable(modules: list[Module]) -> set[str]:
         for node, _ in module.statements:
             for name in defined(node):
                 needs.setdefault(name, set()).update(used(node))
-    everything = "Config(shape=Shape(), recipe=Recipe(), pack=Pack(), run=Run())"
+    everything = "Config(shape=Shape(), recipe=Recipe(), pack=Pack(), scoring=Scoring(), run=Run())"
     found, todo = set(), [*KEPT, *used(ast.parse(MAIN.format(config=everything)))]
     while todo:
         name = todo.pop()

@@ -142,11 +142,10 @@ def encode(
     lanes = lane_count(whole.bits() / 8)
     stream = whole.finish(lanes)
     header = {"shape": changed(shape), "note": note or {}, "lanes": lanes, "tables": len(tables)}
-    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-    body = struct.pack("<I", len(text)) + text + tables + stream
-    if shape.parameter_count > WEIGHTS_A_BYTE * (len(body) + PREFIX.size):
+    data = container(header, tables, stream)
+    if shape.parameter_count > WEIGHTS_A_BYTE * len(data):
         raise UsageError("The weights are all but zero; an artifact holds at least half a bit a weight.")
-    return struct.pack("<8sI", ARTIFACT_MAGIC, ARTIFACT_VERSION) + hashlib.sha256(body).digest() + body
+    return data
 
 
 def changed(shape: Shape) -> dict:
@@ -185,6 +184,24 @@ def read_header(data: bytes) -> tuple[Shape, dict, int, memoryview, memoryview]:
     if shape.parameter_count > WEIGHTS_A_BYTE * len(data):
         raise UsageError(f"The artifact claims {shape.parameter_count:,} weights in {len(data):,} bytes.")
     return shape, note, lanes, view[start : start + tables], view[start + tables :]
+
+
+def read_note(path: Path) -> dict:
+    """What the artifact says beside its weights. Raises UsageError."""
+    return read_header(path.read_bytes())[1]
+
+
+def with_note(data: bytes, note: dict) -> bytes:
+    """The same artifact with another note. Raises UsageError for one that is damaged."""
+    shape, _, lanes, tables, stream = read_header(data)
+    return container({"shape": changed(shape), "note": note, "lanes": lanes, "tables": len(tables)}, tables, stream)
+
+
+def container(header: dict, tables: bytes | memoryview, stream: bytes | memoryview) -> bytes:
+    """A whole artifact from its parts."""
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    body = b"".join((struct.pack("<I", len(text)), text, tables, stream))
+    return struct.pack("<8sI", ARTIFACT_MAGIC, ARTIFACT_VERSION) + hashlib.sha256(body).digest() + body
 
 
 def decode_grids(data: bytes) -> tuple[Shape, dict[str, Grid]]:

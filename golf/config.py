@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
+BOS = 1  # the piece that opens a document, in shards and in rows
+
 # How the artifact stores a parameter, by the last part of its name.
 TENSOR_CLASSES = {
     "embedding": "embed", "query": "matrix", "key": "matrix", "value": "matrix", "out": "matrix", "up": "matrix",
@@ -257,6 +259,29 @@ class Pack:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """How the packed model is asked, and what it learns on the way; stored in the artifact."""
+
+    stride: int = 0
+    """Targets that each row adds, fewer than its tokens for sliding windows; 0 is the whole row."""
+    isolate: bool = False
+    """Attend within a document only."""
+    adapt_rank: int = 0
+    """Rank of what is added to the core's matrices while scoring, from text whose scores stand; 0 learns nothing."""
+    adapt_rate: float = 1e-3
+    """Learning rate of one step a chunk."""
+    adapt_context: int = 256
+    """Tokens of a row that is learned from."""
+    chunk: int = 256
+    """Targets between two steps."""
+    per_document: bool = True
+    """Forget at the start of each document."""
+    phase_tokens: int = 0
+    """Targets after which one pass over them is made that is never forgotten; 0 makes none."""
+    phase_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
 class Run:
     """Where and how a run happens; none of it is part of the configuration's fingerprint."""
 
@@ -320,6 +345,7 @@ class Config:
     recipe: Recipe = field(default_factory=Recipe)
     pack: Pack = field(default_factory=Pack)
     run: Run = field(default_factory=Run)
+    scoring: Scoring = field(default_factory=Scoring)
 
     @property
     def limits(self) -> Track:
@@ -337,7 +363,8 @@ class Config:
     @property
     def fingerprint(self) -> str:
         """Hash of track, shape, recipe and packing: equal for all seeds and machines of one configuration."""
-        text = json.dumps([self.track, asdict(self.shape), asdict(self.recipe), asdict(self.pack)], sort_keys=True)
+        parts = [self.shape, self.recipe, self.pack, self.scoring]
+        text = json.dumps([self.track, *map(asdict, parts)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self, world_size: int = 1) -> Config:
@@ -345,6 +372,7 @@ class Config:
         check_shape(self.shape)
         check_recipe(self.recipe, self.run, world_size)
         check_pack(self.pack)
+        check_scoring(self.scoring, self.recipe.sequence_length)
         step = self.recipe.noise_step or self.pack.matrix_step
         told = self.recipe.grid_noise == "off" or step > 0
         require(told, "recipe.noise_step", self.recipe.noise_step, "name the grid's step in row deviations")
@@ -428,6 +456,17 @@ def check_pack(pack: Pack) -> None:
         value = getattr(pack, name)
         require(0 <= value <= most, f"pack.{name}", value, f"give 0 to {most}")
     require(pack.target_bytes >= 0, "pack.target_bytes", pack.target_bytes, "give 0 or more")
+
+
+def check_scoring(scoring: Scoring, context: int) -> None:
+    """Raise UsageError for a scorer that cannot be asked so."""
+    require(0 <= scoring.stride <= context, "scoring.stride", scoring.stride, f"give 0 to {context}, the row's length")
+    require(0 <= scoring.adapt_rank <= 1024, "scoring.adapt_rank", scoring.adapt_rank, "give 0 to 1,024")
+    require(scoring.phase_tokens >= 0, "scoring.phase_tokens", scoring.phase_tokens, "give 0 or more")
+    for name in ("chunk", "adapt_context"):
+        require(2 <= getattr(scoring, name) <= 1 << 20, f"scoring.{name}", getattr(scoring, name), "give 2 or more")
+    for name in ("adapt_rate", "phase_rate"):
+        require(0 <= getattr(scoring, name) <= 1, f"scoring.{name}", getattr(scoring, name), "give 0 to 1")
 
 
 def fields_from_dict(kind: type, values: object, what: str):

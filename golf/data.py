@@ -17,7 +17,6 @@ from golf.files import write_bytes
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = HEADER_INTS * 4
-BOS = 1
 
 
 def shard_header(tokens: int) -> bytes:

@@ -14,7 +14,7 @@ from types import NoneType
 from typing import get_args, get_type_hints
 
 from golf.bundle import ROOT
-from golf.config import TRACKS, Config, Pack, Recipe, Run, Shape, UsageError, fields_from_dict
+from golf.config import TRACKS, Config, Pack, Recipe, Run, Scoring, Shape, UsageError, fields_from_dict
 from golf.data import Corpus
 from golf.files import write_bytes
 from golf.folders import sizes
@@ -47,8 +47,19 @@ class Record:
     corpus: str = ""
     corpus_fingerprint: str = ""
     tokenizer_sha256: str = ""
+    tokenizer: dict = field(default_factory=dict)
+    """kind (sentencepiece or bytes), file, sha256, transform (none or case)."""
     context: int = 0
     """Tokens a row that the scorer is asked for."""
+    stride: int = 0
+    """Targets that each row adds; 0 is the context."""
+    chunk: int = 0
+    """Targets between two calls of adapt."""
+    adapts: bool = False
+    precision: str = "float32"
+    """float32 or bfloat16: how far scores may move with the shape of a batch."""
+    content_shapes: bool = False
+    """Whether the scorer's inner shapes depend on what it reads."""
     bytes_model: int = 0
     bytes_other: int = 0
     cap: int = 0
@@ -169,6 +180,7 @@ def config_of(record: Record) -> Config:
     parts = {"shape": Shape, "recipe": Recipe, "pack": Pack, "run": Run}
     try:
         values = {name: fields_from_dict(kind, told[name], name) for name, kind in parts.items()}
+        values["scoring"] = fields_from_dict(Scoring, told.get("scoring", {}), "scoring")
         config = Config(str(told["preset"]), told["track"], **values)
     except KeyError as error:
         raise UsageError(
@@ -215,7 +227,12 @@ def from_run(
         status=result.status, reason=result.reason, preset=config.preset, seed=config.run.seed,
         fingerprint=config.fingerprint, corpus=corpus.name, corpus_fingerprint=corpus.fingerprint,
         tokenizer_sha256=str(corpus.manifest["tokenizer"].get("sha256", "")),
-        context=config.recipe.sequence_length, steps=result.steps, tokens=result.tokens,
+        tokenizer={
+            "kind": "sentencepiece", "file": "tokenizer.model", "transform": "none",
+            "sha256": str(corpus.manifest["tokenizer"].get("sha256", "")),
+        },
+        context=config.recipe.sequence_length, stride=config.scoring.stride, adapts=config.scoring.adapt_rank > 0,
+        chunk=config.scoring.chunk if config.scoring.adapt_rank else 0, steps=result.steps, tokens=result.tokens,
         tokens_per_second=round(result.tokens / result.train_seconds, 1) if result.train_seconds else 0.0,
         train_seconds=round(result.train_seconds, 3), train_loss=number(result.loss), peak_memory=result.peak_memory,
         unpacked_val_loss=number(unpacked and unpacked.loss), unpacked_val_bpb=number(unpacked and unpacked.bpb),

@@ -1,0 +1,418 @@
+"""The referee's loop and its checks: what is asked of a scorer, what is written down, and what gives a fault away."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from golf.contender import Contender, Invalid, Limits
+from golf.rows import Asked, Ledger, Row, chunks, deal
+from golf.submission import Submission
+from golf.validation import Validation
+
+BUFFER_BYTES = 64 << 20  # log-probabilities asked for at a time
+SCORED_TOKENS = 32_768  # tokens in a batch of a scorer that gives one number a target
+SUMS_TO_ONE = 1e-3  # how far probabilities may sum from 1
+SAME = {False: 0.0, True: 1e-4}  # nats by which blind and committed scores may differ; where shapes depend on content
+AGREE = {"float32": 1e-4, "bfloat16": 5e-2}  # nats between score() and logprobs()
+BATCH_MEAN = {"float32": 1e-5, "bfloat16": 2e-3}  # mean difference, nats, between shapes of a batch
+RELOAD = 1e-6  # relative
+PROBE_SHARE, LEAST_PROBES, MOST_PROBES = 0.01, 24, 512
+FULL_SHARE = 0.01  # of the rows, asked for in full after score()
+FRESH_ROWS = 12
+CHECKS = {
+    1: "future flip", 2: "target flip", 3: "sum to one", 4: "score is the log-probability", 5: "score before adapt",
+    6: "single pass", 7: "bytes recounted", 8: "whole validation set", 9: "bytes under the cap",
+    10: "time under the caps",
+    11: "self-contained", 12: "train and validation disjoint", 13: "no stored text", 14: "batch invariance",
+    15: "adapt off is the plain score", 16: "reload gives the score",
+}  # fmt: skip
+
+
+@dataclass
+class Check:
+    """One rule: how often it was tried, and what went wrong."""
+
+    tried: int = 0
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        return "failed" if self.faults else "passed" if self.tried else "not run"
+
+    def see(self, good: bool, fault: str) -> None:
+        """Count one trial."""
+        self.tried += 1
+        if not good and len(self.faults) < 3:
+            self.faults.append(fault)
+
+    def evidence(self) -> str:
+        return "; ".join((self.faults or [])[:2] + self.notes)
+
+
+class Sheet:
+    """All checks of a judgement. Those in `off` are skipped, to show that each one is needed."""
+
+    def __init__(self, off: frozenset[int] = frozenset()):
+        self.checks = {number: Check() for number in CHECKS}
+        self.off = off
+
+    def see(self, number: int, good: bool, fault: str) -> None:
+        if number not in self.off:
+            self.checks[number].see(bool(good), fault)
+
+    def note(self, number: int, text: str) -> None:
+        self.checks[number].notes.append(text)
+
+    def faults(self) -> list[str]:
+        return [f"{CHECKS[n]}: {c.faults[0]}" for n, c in self.checks.items() if c.faults]
+
+
+@dataclass
+class Shown:
+    """What a scorer said of a row before it was shown the rest."""
+
+    flip: int
+    chosen: np.ndarray  # (flip - first,) log-probabilities of the new targets before the flip
+    whole: np.ndarray | None  # (V,) the distribution at the flip, where it was asked in full
+
+
+class Referee:
+    """Asks, commits, reveals. `stock` is text of the referee's own that stands in for what is hidden at the start."""
+
+    def __init__(
+        self, submission: Submission, validation: Validation, contender: Contender, sheet: Sheet,
+        stock: np.ndarray, official: bool = False, tell: Callable[[int], None] = lambda done: None,
+    ):  # fmt: skip
+        self.submission, self.validation, self.contender, self.sheet = submission, validation, contender, sheet
+        self.tokens, self.stock, self.official, self.tell = validation.tokens, stock, official, tell
+        self.rng = np.random.default_rng()  # the system's own entropy: nothing in the folder can know it
+        self.full = "score" not in contender.offers
+        vocab, context = contender.vocab, submission.context
+        self.slots = max(1, (BUFFER_BYTES // (4 * vocab) if self.full else SCORED_TOKENS) // context)
+        self.ledger = Ledger(self.tokens.size)
+        self.documents = np.cumsum(self.tokens == validation.tokenizer.bos).astype(np.int64)
+        self.committed = 0
+        self.flip_nats: list[float] = []
+        self.compared = self.identical = 0
+        self.worst = 0.0
+
+    # -- asking --------------------------------------------------------------------------------------------------
+
+    def inputs(self, asked: Asked) -> np.ndarray:
+        """A row's tokens and the one after, (T + 1,), int64; after the flip others, out of text that is committed."""
+        row = asked.row
+        tokens = self.tokens[row.start : row.start + row.length + 1].astype(np.int64)
+        if asked.flip >= 0:
+            count = row.length - asked.flip
+            source = self.tokens[: self.committed] if self.committed > 8 * count else self.stock
+            at = int(self.rng.integers(0, max(1, source.size - count)))
+            other = np.resize(source[at : at + count], count).astype(np.int64)
+            if other[0] == tokens[asked.flip + 1]:
+                other[0] = int(self.stock[(at + 1) % self.stock.size])
+            tokens[asked.flip + 1 :] = other
+        return tokens
+
+    def ask(self, batch: list[Asked], contender: Contender | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Log-probabilities of the shown targets (B, T), and of all pieces (B, T, V) where the scorer gives them."""
+        contender = contender or self.contender
+        shown = np.stack([self.inputs(asked) for asked in batch])
+        contender.share = sum(a.flip >= 0 for a in batch) / len(batch)
+        if not self.full:
+            return contender.score(shown), None
+        given = contender.logprobs(shown[:, :-1])
+        return self.chosen(given, shown), given
+
+    def chosen(self, given: np.ndarray, shown: np.ndarray) -> np.ndarray:
+        """The log-probabilities (B, T) of the shown targets; every distribution must sum to one."""
+        bad = self.unnormalised(given)
+        self.sheet.see(3, not bad, bad)
+        return np.take_along_axis(given, shown[:, 1:, None], axis=-1)[..., 0]
+
+    @staticmethod
+    def unnormalised(given: np.ndarray) -> str:
+        """What is wrong with distributions (B, T, V), if anything is."""
+        flat = given.reshape(-1, given.shape[-1])
+        for at in range(0, len(flat), 4096):
+            with np.errstate(over="ignore", invalid="ignore"):
+                sums = np.exp(flat[at : at + 4096]).sum(axis=-1, dtype=np.float64)
+            wrong = ~(np.abs(sums - 1) <= SUMS_TO_ONE)  # also where the sum is not a number
+            if wrong.any():
+                return f"a distribution sums to {sums[wrong][0]:.4f}, not to 1"
+        return ""
+
+    # -- the pass ------------------------------------------------------------------------------------------------
+
+    def flip_of(self, row: Row) -> int:
+        """Where a row's tokens are replaced: at an edge of a document, of the row or of what is new, or anywhere."""
+        first, last = row.first, row.length - 1
+        edges = np.flatnonzero(self.tokens[row.start + first : row.start + row.length] == self.validation.tokenizer.bos)
+        kind = int(self.rng.integers(4))
+        if kind == 0 and edges.size:
+            at = first + int(self.rng.choice(edges)) - int(self.rng.integers(2))
+        else:
+            at = {1: first, 2: last - 1}.get(kind, int(self.rng.integers(first, last + 1)))
+        return min(max(at, first), last)
+
+    def probes(self, rows: list[Row], share: float) -> dict[Row, int]:
+        """Rows that are shown blind first: the first and the last, those at document edges, and others."""
+        wanted = min(MOST_PROBES, len(rows), max(math.ceil(share * len(rows)), 1))
+        places = {0, len(rows) - 1} if wanted > 2 else set()
+        places |= {int(n) for n in self.rng.permutation(len(rows))[: wanted - len(places)]}
+        return {rows[n]: self.flip_of(rows[n]) for n in places}
+
+    def run(self) -> None:
+        """Score the whole stream. Raises Invalid when the scorer fails or leaves its limits."""
+        stretches = list(
+            chunks(
+                self.tokens.size, self.submission.chunk, self.submission.context, self.submission.stride, self.official
+            )
+        )
+        total = sum(map(len, stretches))
+        share = max(PROBE_SHARE, min(1.0, LEAST_PROBES / max(1, total)))
+        probed_chunks = self.rng.random(len(stretches)) < share * total / len(stretches)
+        probed_chunks[[0, -1]] = True
+        if self.submission.adapts:
+            self.contender.reset()
+        for number, rows in enumerate(stretches):
+            each = share if len(stretches) == 1 else max(share, 1 / len(rows))
+            flips = self.probes(rows, each) if probed_chunks[number] else {}
+            self.score_rows(rows, flips)
+            self.look_again(rows, bool(flips))
+            if self.submission.adapts:
+                self.reveal(rows)
+        if 6 not in self.sheet.off:
+            wanted = sum(r.length - r.first for rows in stretches for r in rows)
+            self.sheet.see(6, self.ledger.count == wanted, f"{self.ledger.count} of {wanted} targets were written")
+        self.finish()
+
+    def score_rows(self, rows: list[Row], flips: dict[Row, int]) -> None:
+        """Ask for rows and commit them; blind copies first, unless no check wants them."""
+        before: dict[Row, Shown] = {}
+        if {1, 2} <= self.sheet.off:
+            flips = {}
+        for batch in deal(rows, flips, self.slots, self.rng):
+            scores, whole = self.ask(batch)
+            for n, asked in enumerate(batch):
+                row = asked.row
+                if asked.flip < 0:
+                    self.commit(row, scores[n, row.first :])
+                    if row in before:
+                        self.compare(row, before.pop(row), scores[n], None if whole is None else whole[n])
+                elif asked.counts:
+                    before[row] = Shown(
+                        asked.flip, scores[n, row.first : asked.flip].copy(),
+                        None if whole is None else whole[n, asked.flip].copy(),
+                    )  # fmt: skip
+
+    def commit(self, row: Row, scores: np.ndarray) -> None:
+        if not np.isfinite(scores).all() or scores.max() > SUMS_TO_ONE:
+            raise Invalid("the scorer gave a log-probability that is not finite or above 0", 3)
+        self.ledger.commit(row, scores)
+        self.committed = max(self.committed, row.start)
+        self.tell(self.ledger.count)
+
+    def compare(self, row: Row, shown: Shown, scores: np.ndarray, whole: np.ndarray | None) -> None:
+        """What was committed against what was said when the rest was hidden."""
+        far = np.abs(scores[row.first : shown.flip] - shown.chosen).max(initial=0.0)
+        self.differ(1, far, f"with other tokens after it, the score of a target in row {row.start} moves")
+        self.flip_nats.append(-float(scores[shown.flip]))
+        if whole is not None:
+            with np.errstate(invalid="ignore"):
+                far = float(np.nan_to_num(np.abs(whole[shown.flip] - shown.whole), nan=np.inf, posinf=np.inf).max())
+            if np.array_equal(whole[shown.flip], shown.whole, equal_nan=True):
+                far = 0.0
+            self.differ(2, far, f"with another target, the distribution before it in row {row.start} moves")
+
+    def differ(self, number: int, far: float, what: str) -> None:
+        self.compared += 1
+        self.identical += far == 0
+        self.worst = max(self.worst, float(far))
+        self.sheet.see(number, far <= SAME[self.submission.content_shapes], f"{what} by {far:.2e} nats")
+
+    def look_again(self, rows: list[Row], repeat: bool) -> None:
+        """After the commit: rows in full where only numbers were given, and a row asked for a second time."""
+        if not self.full:
+            share = 1.0 if self.submission.record.track == "smoke" else FULL_SHARE
+            count = int(self.rng.binomial(len(rows), share)) if share < 1 else len(rows)
+            count = max(count, 1) if repeat else count
+            picked = [rows[int(n)] for n in self.rng.permutation(len(rows))[:count]]
+            slots = max(1, BUFFER_BYTES // (4 * self.contender.vocab * self.submission.context))
+            for length in sorted({r.length for r in picked}):
+                alike = [r for r in picked if r.length == length]
+                for at in range(0, len(alike), slots):
+                    self.see_in_full(alike[at : at + slots])
+        if repeat and not {5} <= self.sheet.off:
+            row = rows[int(self.rng.integers(len(rows)))]
+            filler = [Asked(r, self.flip_of(r), False) for r in rows if r.length == row.length and r != row]
+            others = [filler[int(n)] for n in self.rng.permutation(len(filler))[: min(self.slots, len(rows)) - 1]]
+            self.ask([*others, Asked(row)])  # others between
+            scores, _ = self.ask([Asked(row), *others])
+            far = np.abs(scores[0, row.first :] - self.ledger.scores[row.new]).max()
+            limit = AGREE[self.submission.precision]
+            self.sheet.see(5, far <= limit, f"row {row.start} asked again scores up to {far:.2e} nats differently")
+
+    def see_in_full(self, rows: list[Row]) -> None:
+        """The distributions of committed rows of one length, true and with another target."""
+        flips = [self.flip_of(row) for row in rows]
+        self.contender.share = 1.0
+        true = np.stack([self.inputs(Asked(row)) for row in rows])
+        given = self.contender.logprobs(true[:, :-1])
+        chosen = self.chosen(given, true)
+        other = np.stack([self.inputs(Asked(row, flip)) for row, flip in zip(rows, flips, strict=True)])
+        blind = self.contender.logprobs(other[:, :-1])
+        agree = AGREE[self.submission.precision]
+        for n, (row, flip) in enumerate(zip(rows, flips, strict=True)):
+            far = np.abs(chosen[n, row.first :] - self.ledger.scores[row.new]).max()
+            self.sheet.see(
+                4,
+                far <= agree,
+                f"score() and logprobs() of row {row.start} differ by {far:.2e} nats, {agree:g} allowed",
+            )
+            far = float(np.abs(blind[n, flip] - given[n, flip]).max())
+            self.differ(2, far, f"with another target, the distribution before it in row {row.start} moves")
+
+    def reveal(self, rows: list[Row]) -> None:
+        """Give a scorer that adapts the targets that were just committed."""
+        part = slice(rows[0].new.start, rows[-1].new.stop)
+        self.contender.share = 0.0
+        self.contender.adapt(self.tokens[part].astype(np.int64), self.documents[part])
+
+    def finish(self) -> None:
+        """Notes, and the one fault that shows only over all rows: worse scores wherever the rest was hidden."""
+        kind = "nats at most" if self.worst else "nats"
+        if self.compared:
+            for number in (1, 2):
+                self.sheet.note(
+                    number, f"{self.sheet.checks[number].tried} comparisons, {self.identical} of {self.compared} "
+                    f"bit-identical, {self.worst:.1e} {kind}",
+                )  # fmt: skip
+        if self.full:
+            self.sheet.see(4, True, "")
+            self.sheet.note(4, "scores are read out of the full distributions")
+        nats = -self.ledger.scores[~np.isnan(self.ledger.scores)].astype(np.float64)
+        found = np.array(self.flip_nats)
+        if found.size >= LEAST_PROBES:
+            spread = math.sqrt(max(nats.var(), found.var()) / found.size)
+            z = (found.mean() - nats.mean()) / max(spread, 1e-9)
+            self.sheet.see(
+                1, z < 6, f"targets whose row had been shown blind cost {found.mean():.2f} nats, all {nats.mean():.2f}"
+            )
+
+
+def stock_tokens(validation: Validation) -> np.ndarray:
+    """Text of the referee's own, as the submission's tokenizer cuts it."""
+    import argparse
+    import ast
+    import logging
+
+    text = " ".join((module.__doc__ or "") + " ".join((getattr(module, n).__doc__ or "") for n in dir(module))
+                    for module in (argparse, ast, logging))  # fmt: skip
+    return np.array(validation.tokenizer.encode(text[:20_000]), dtype=np.int64)
+
+
+def fresh_process(referee: Referee, folder: Path, limits: Limits, hidden: Path | None) -> None:
+    """Checks that want a process which has seen nothing: reload, batch shapes, and what adaptation may touch."""
+    sheet, submission = referee.sheet, referee.submission
+    ledger, rng = referee.ledger, referee.rng
+    shut_in = 11 not in sheet.off
+    with Contender(folder, referee.validation.tokenizer.model, limits, hidden, True, shut_in) as fresh:
+        if fresh.vocab != referee.contender.vocab or fresh.offers != referee.contender.offers:
+            sheet.see(16, False, "a second process offers something else than the first")
+            return
+        stretches = list(
+            chunks(referee.tokens.size, submission.chunk, submission.context, submission.stride, referee.official)
+        )
+        sample = stretches[0] if submission.adapts else [r for rows in stretches for r in rows]
+        usual = max(r.length for r in sample)
+        rows = [r for r in sample if r.length == usual]
+        slots = min(referee.slots, len(rows))
+        picked = [rows[int(n)] for n in rng.permutation(len(rows))[: max(1, min(FRESH_ROWS, len(rows)))]]
+        if submission.adapts:
+            fresh.reset()
+        precise = SAME[submission.content_shapes]
+        for row in picked:  # first without what follows, which this process has never seen
+            flip = referee.flip_of(row)
+            batch = fill(referee, row, rows, slots, Asked(row, flip))
+            scores, _ = referee.ask(batch, fresh)
+            far = np.abs(scores[0, row.first : flip] - ledger.scores[row.new][: flip - row.first]).max(initial=0.0)
+            agree = AGREE[submission.precision] if far > precise else precise
+            sheet.see(1, far <= agree, f"a process that never saw the rest scores row {row.start} {far:.2e} nats off")
+        nats = recorded = worst = 0.0
+        for row in picked:
+            scores, _ = referee.ask(fill(referee, row, rows, slots, Asked(row)), fresh)
+            nats += float(scores[0, row.first :].sum(dtype=np.float64))
+            recorded += float(ledger.scores[row.new].sum(dtype=np.float64))
+            worst = max(worst, float(np.abs(scores[0, row.first :] - ledger.scores[row.new]).max()))
+            alone, _ = referee.ask([Asked(row)], fresh)
+            mean = float(np.abs(alone[0] - scores[0])[row.first :].mean())
+            most = BATCH_MEAN[submission.precision]
+            sheet.see(14, mean <= most, f"row {row.start} alone scores {mean:.1e} nats differently on average")
+        off = abs(nats - recorded) / max(abs(recorded), 1e-9)
+        sheet.see(16, off <= max(RELOAD, precise), f"a fresh process scores {len(picked)} rows {off:.1e} differently")
+        sheet.note(16, f"{len(picked)} rows, relative difference {off:.1e}")
+        sheet.note(14, f"{len(picked)} rows alone and among {slots}")
+        if submission.adapts:
+            adapted_only_later(referee, fresh, stretches)
+        else:
+            limit = AGREE[submission.precision]
+            sheet.see(
+                15, worst <= limit, f"asked first thing in a fresh process, targets score up to {worst:.1e} nats off"
+            )
+            sheet.note(15, f"it never adapts: {len(picked)} rows asked first thing, {worst:.1e} nats at most")
+
+
+def fill(referee: Referee, row: Row, rows: list[Row], slots: int, asked: Asked) -> list[Asked]:
+    """A batch of the usual shape with a row in front."""
+    others = [rows[int(n)] for n in referee.rng.integers(len(rows), size=slots - 1)]
+    return [asked, *(Asked(other, referee.flip_of(other), False) for other in others)]
+
+
+def adapted_only_later(referee: Referee, fresh: Contender, stretches: list[list[Row]]) -> None:
+    """Random tokens in place of the true ones may change later scores only, and reset() forgets them."""
+    sheet, ledger = referee.sheet, referee.ledger
+    first, later = stretches[0], stretches[min(1, len(stretches) - 1)]
+
+    def difference(rows: list[Row]) -> float:
+        found = 0.0
+        for row in rows[:FRESH_ROWS]:
+            scores, _ = referee.ask([Asked(row)], fresh)
+            found = max(found, float(np.abs(scores[0, row.first :] - ledger.scores[row.new]).max()))
+        return found
+
+    part = slice(first[0].new.start, first[-1].new.stop)
+    noise = referee.rng.choice(referee.stock, part.stop - part.start).astype(np.int64)
+    limit = AGREE[referee.submission.precision]
+    fresh.reset()
+    before = difference(first)
+    fresh.adapt(noise, referee.documents[part])
+    moved = difference(later)
+    fresh.reset()
+    again = difference(first)
+    fresh.adapt(referee.tokens[part].astype(np.int64), referee.documents[part])
+    same = difference(later)
+    sheet.see(5, before <= limit, f"the first rows score {before:.1e} nats off in a fresh process")
+    sheet.see(5, again <= limit, f"after reset() the first rows score {again:.1e} nats off")
+    sheet.see(16, same <= limit, f"adapted again in a fresh process, later rows score {same:.1e} nats off")
+    sheet.note(5, f"adapting to other tokens moves later scores by up to {moved:.2f} nats and no earlier one")
+
+
+def tell_progress(total: int, limits: Limits) -> Callable[[int], None]:
+    """Scored tokens and time left, on a terminal only."""
+    if not sys.stderr.isatty():
+        return lambda done: None
+    began = time.monotonic()
+
+    def tell(done: int) -> None:
+        left = (time.monotonic() - began) / done * (total - done)
+        end = "\n" if done >= total else ""
+        print(f"\rscored {done:,} of {total:,} tokens, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+
+    return tell

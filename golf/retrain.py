@@ -1,0 +1,102 @@
+"""Training a submission again where no validation text exists: the only way to see that none went into its weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from golf import records
+from golf.config import TRACKS, UsageError
+from golf.contender import SANDBOX, installation, why_not_isolated
+from golf.data import Corpus, write_shard
+from golf.files import write_bytes
+
+CLOSE = 0.01  # relative, between the recorded score and that of the weights trained again
+
+
+def without_validation(corpus: Corpus, target: Path) -> None:
+    """A copy of prepared data whose validation split is the last part of the training split."""
+    from golf.bpb import ByteTable
+
+    target.mkdir()
+    shards = corpus.shards("train")
+    if not shards:
+        raise UsageError(f"{corpus.folder} has no training shards to train on again.")
+    for name in corpus.files["train"]:
+        os.symlink((corpus.folder / name).resolve(), target / name)
+    shutil.copyfile(corpus.tokenizer, target / "tokenizer.model")
+    part = np.array(shards[-1][-min(shards[-1].size, max(corpus.tokens["val"], 4096)) :])
+    write_shard(target / "val_000000.bin", part)
+    table = ByteTable(corpus.tokenizer)
+    manifest = json.loads(json.dumps(corpus.manifest))
+    counted = table.count(part[:-1].astype(np.int64), part[1:].astype(np.int64))
+    manifest["splits"]["val"] |= {"files": ["val_000000.bin"], "tokens": int(part.size), "counted_bytes": counted}
+    write_bytes(target / "manifest.json", json.dumps(manifest).encode())
+
+
+def retrain(folder: Path, data: Path, verdict: dict, judge: Callable[[Path, Path], dict]) -> str:
+    """Run the folder's train_gpt.py in isolation on data without the validation text, judge what it makes, and say how
+    far its score is from the folder's. Raises UsageError where the system or the folder does not allow it."""
+    record = records.read(folder)
+    if why_not_isolated():
+        raise UsageError(f"--retrain: this system cannot hide the validation text ({why_not_isolated()}).")
+    if not (folder / "train_gpt.py").is_file() or not data.is_dir():
+        raise UsageError(f"--retrain: {folder} has no train_gpt.py, or --data {data} is no prepared folder.")
+    if verdict.get("val_bpb") is None:
+        return "not run: the folder has no score"
+    with tempfile.TemporaryDirectory(prefix="golf-", ignore_cleanup_errors=True) as place:
+        here = Path(place)
+        corpus = Corpus(data)
+        without_validation(corpus, here / "data")
+        (here / "root").mkdir()
+        train_files = [[str((data / n).resolve()), f"/data/{n}"] for n in corpus.files["train"]]
+        for name in corpus.files["train"]:
+            (here / "data" / name).unlink()
+        others = [[str(here / "data" / p.name), f"/data/{p.name}"] for p in (here / "data").iterdir()]
+        script = [[str((folder / "train_gpt.py").resolve()), "/submission/train_gpt.py"]]
+        output = os.memfd_create("golf")
+        spec = json.dumps({
+            "binds": [[p, p] for p in installation()] + train_files + others + script, "root": str(here / "root"),
+            "tmp_mb": 4096, "fds": [output],
+        })  # fmt: skip
+        python = [sys.executable, "-I", "-B"]
+        run = (
+            "import os, runpy, sys\n"
+            "try:\n    runpy.run_path('/submission/train_gpt.py', run_name='__main__')\n"
+            "finally:\n    data = open('/tmp/model.bin', 'rb').read()\n"
+            f"    os.write({output}, data)\n"
+        )
+        environment = {
+            "PATH": os.environ.get("PATH", ""), "HOME": "/tmp", "TMPDIR": "/tmp", "DATA_PATH": "/data",
+            "MODEL_PATH": "/tmp/model.bin", "SEED": str(record.seed),
+        }  # fmt: skip
+        limit = TRACKS[record.track].train_seconds * 4 + 600
+        try:
+            done = subprocess.run(
+                [*python, str(SANDBOX), spec, *python, "-c", run], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, env=environment, pass_fds=(output,), timeout=limit, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"failed: the training did not end within {limit:g} s"
+        copy = here / "again"
+        shutil.copytree(folder, copy)
+        with os.fdopen(output, "rb") as stream:
+            stream.seek(0)
+            (copy / "model.bin").write_bytes(stream.read())
+        if done.returncode or not (copy / "model.bin").stat().st_size:
+            last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no word"])[-1]
+            return f"failed: the training ended with exit code {done.returncode} ({last[:200]})"
+        again = judge(copy, data)
+    if again.get("val_bpb") is None:
+        return f"failed: {again['invalid']}"
+    off = again["val_bpb"] / verdict["val_bpb"] - 1
+    told = f"{again['val_bpb']:.5f} bits a byte trained where no validation text exists, {100 * off:+.2f} %"
+    return f"{'agrees' if off < CLOSE else 'DIFFERS'}: {told}"
