@@ -87,7 +87,7 @@ def main() -> None:
     if not arguments.full:
         return
     hessians = {}
-    for name, w in weights.items():
+    for w in weights.values():
         if w.shape[1] not in hessians:
             x = rng.standard_normal((2 * w.shape[1], w.shape[1])) * np.exp(0.5 * rng.standard_normal(w.shape[1]))
             hessians[w.shape[1]] = x.T @ x / len(x)
