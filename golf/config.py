@@ -16,7 +16,7 @@ BOS = 1  # the piece that opens a document, in shards and in rows
 TENSOR_CLASSES = {
     "embedding": "embed", "query": "matrix", "key": "matrix", "value": "matrix", "out": "matrix", "up": "matrix",
     "down": "matrix", "attn_scale": "control", "mlp_scale": "control", "resid_mix": "control", "qk_gain": "control",
-    "skip_weight": "control",
+    "skip_weight": "control", "gate": "matrix", "attn_gate": "control", "smear": "control", "pass_signal": "control",
 }  # fmt: skip
 
 
@@ -30,6 +30,10 @@ def tensor_class(name: str) -> str:
     if kind is None:
         raise ValueError(f"parameter {name!r} has no codec rule")
     return kind
+
+
+GATE_CHANNELS = 12  # of a block's input, that open and close gates
+PASS_WAVES = 4  # sines of the pass by which a shared block tells one from another
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,20 @@ class Shape:
     """U-Net skips over the effective layers: the first half pushes, the second half pops."""
     pass_scalars: bool = False
     """Give every pass of a shared block its own scales, mixes, gains and skip weights (a few kB)."""
+    activation: Literal["relu2", "leaky-relu2", "swiglu"] = "relu2"
+    """The MLP's: squared ReLU, the same with half the slope below zero, or SwiGLU with two thirds of the width."""
+    rotary_share: float = 1.0
+    """Share of each head's channels that carry positions."""
+    depth_scale: bool = False
+    """Divide what enters a block by the square root of its place among the unique blocks, counted from 1."""
+    exclusive: bool = False
+    """Take out of each head's output what lies along the position's own value (exclusive self-attention)."""
+    attn_gate: bool = False
+    """Gate each head's output by a few channels of the block's input."""
+    smear: bool = False
+    """Add a gated share of the previous piece's embedding, but not across the start of a document."""
+    pass_signal: bool = False
+    """Tell a shared block by a learned vector, scaled by a sine of the pass, which pass it is."""
 
     @property
     def head_size(self) -> int:
@@ -73,7 +91,14 @@ class Shape:
 
     @property
     def mlp_width(self) -> int:
-        return round(self.mlp_ratio * self.width)
+        """Hidden channels; with SwiGLU's third matrix as many parameters as without."""
+        share = 2 / 3 if self.activation == "swiglu" else 1
+        return round(share * self.mlp_ratio * self.width)
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that carry positions, an even number."""
+        return 2 * round(self.rotary_share * self.head_size / 2)
 
     @property
     def unique_layers(self) -> int:
@@ -145,6 +170,8 @@ class Shape:
             table[f"blocks.{block}.value"] = (self.kv_width, width)
             table[f"blocks.{block}.out"] = (width, width)
             table[f"blocks.{block}.up"] = (hidden, width)
+            if self.activation == "swiglu":
+                table[f"blocks.{block}.gate"] = (hidden, width)
             table[f"blocks.{block}.down"] = (width, hidden)
         rows = self.control_rows
         table["attn_scale"] = table["mlp_scale"] = (rows, width)
@@ -152,6 +179,12 @@ class Shape:
         table["qk_gain"] = (rows, self.heads)
         if self.skip_rows:
             table["skip_weight"] = (len(self.skip_rows), width)
+        if self.attn_gate:
+            table["attn_gate"] = (rows, self.heads, GATE_CHANNELS)
+        if self.smear:
+            table["smear"] = (1, GATE_CHANNELS + 1)
+        if self.pass_signal:
+            table["pass_signal"] = (PASS_WAVES, width)
         return table
 
     @property
@@ -173,8 +206,13 @@ class Recipe:
     """Tokens a row."""
     batch_tokens: int = 524_288
     """Tokens a step, over all ranks and micro-batches."""
-    loader: Literal["sequential", "lanes"] = "sequential"
-    """Rows of a batch are neighbours in the text, or each follows a lane of its own through all of it."""
+    loader: Literal["sequential", "lanes", "strided"] = "sequential"
+    """Rows of a batch are neighbours in the text, or each follows a lane of its own through all of it, or they lie a
+    stride apart that visits every row once."""
+    short_length: int = 0
+    """Tokens a row at first, batches as large; 0 is the same length throughout."""
+    short_until: float = 0.5
+    """Fraction of the clock at which rows become long."""
     matrix_rate: float = 0.04
     """Muon's learning rate."""
     embed_rate: float = 0.05
@@ -183,6 +221,8 @@ class Recipe:
     """Adam's learning rate for control vectors."""
     shared_rate: Literal["same", "divided"] = "same"
     """Divide the rate of a shared block's matrices by its passes, or leave it to Muon's normalisation."""
+    random_loops: bool = False
+    """Draw the number of passes anew each step, from 1 to the shape's, once repeats are on."""
     loops_from: float = 0.0
     """Fraction of the clock at which the core's repeats are switched on; before it the core runs once."""
     momentum: float = 0.95
@@ -201,6 +241,10 @@ class Recipe:
     """Decoupled weight decay of the matrices, times the rate."""
     embed_decay: float = 0.0
     """Decoupled weight decay of the embedding, times the rate."""
+    decay_taper: float = 1.0
+    """Share of the matrices' decay that is left at the end; it falls from 0.7 of the clock on."""
+    average: float = 0.0
+    """Share of the clock over which weights are averaged, exponentially, for what is packed; 0 packs the last ones."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
@@ -220,6 +264,14 @@ class Recipe:
     """Standard deviation of the embedding at the start."""
     qk_gain: float = 1.5
     """Start of the learned gain on normalised queries."""
+
+    def length_at(self, progress: float) -> int:
+        """Tokens a row at `progress` in [0, 1] of the clock."""
+        return self.short_length if self.short_length and progress < self.short_until else self.sequence_length
+
+    def decay_at(self, progress: float) -> float:
+        """The matrices' weight decay at `progress` in [0, 1] of the clock."""
+        return self.matrix_decay * (1 - (1 - self.decay_taper) * max(0.0, (progress - 0.7) / 0.3))
 
     def rate_scale(self, progress: float) -> float:
         """Factor on every learning rate at `progress` in [0, 1] of the clock."""
@@ -431,7 +483,21 @@ def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:
     micro = run.micro_rows
     share = rows // world_size
     require(micro >= 0 and (micro == 0 or share % micro == 0), "run.micro_rows", micro, f"must divide {share} rows")
-    for name in ("loops_from", "noise_from", "momentum_warmup", "warmdown", "rate_floor", "momentum", "momentum_start"):
+    short = recipe.short_length
+    fits = short == 0 or (0 < short < recipe.sequence_length and recipe.sequence_length % short == 0)
+    require(fits, "recipe.short_length", short, f"give a divisor of {recipe.sequence_length}, or 0")
+    for name in (
+        "short_until",
+        "decay_taper",
+        "average",
+        "loops_from",
+        "noise_from",
+        "momentum_warmup",
+        "warmdown",
+        "rate_floor",
+        "momentum",
+        "momentum_start",
+    ):
         value = getattr(recipe, name)
         require(0 <= value <= 1, f"recipe.{name}", value, "give a fraction from 0 to 1")
     for name in ("matrix_rate", "embed_rate", "scalar_rate", "matrix_decay", "embed_decay", "clip_norm", "embed_std",

@@ -84,14 +84,14 @@ class Muon:
             self.groups.append(Matrices(parameters, momentum, torch.tensor(factors, device=device)[:, None, None]))
 
     @torch.no_grad()
-    def step(self, rate: float, momentum: float, ns_dtype: torch.dtype = torch.bfloat16) -> None:
+    def step(self, rate: float, momentum: float, decay: float, ns_dtype: torch.dtype = torch.bfloat16) -> None:
         """Update every matrix from its .grad (already averaged over ranks)."""
         updates = [self.momentum_update(group, momentum) for group in self.groups]
         self.orthogonalize_all(updates, ns_dtype)
         for group, update in zip(self.groups, updates, strict=True):
             step = list((update * group.rate_factor).unbind())
-            if self.recipe.matrix_decay:
-                torch._foreach_mul_(group.parameters, 1.0 - rate * self.recipe.matrix_decay)
+            if decay:
+                torch._foreach_mul_(group.parameters, 1.0 - rate * decay)
             torch._foreach_add_(group.parameters, step, alpha=-rate)
 
     def momentum_update(self, group: Matrices, momentum: float) -> Tensor:
@@ -176,7 +176,8 @@ class Optimizers:
         for group in self.adam.param_groups:
             group["lr"] = scale * (recipe.embed_rate if group["kind"] == "embed" else recipe.scalar_rate)
         self.adam.step()
-        self.muon.step(recipe.matrix_rate * scale, recipe.momentum_at(progress), self.ns_dtype)
+        decay = recipe.decay_at(progress)
+        self.muon.step(recipe.matrix_rate * scale, recipe.momentum_at(progress), decay, self.ns_dtype)
 
     def gradient_norm(self) -> float:
         """Global norm of the gradients, not finite when any of them is not."""
