@@ -84,8 +84,11 @@ class Muon:
             self.groups.append(Matrices(parameters, momentum, torch.tensor(factors, device=device)[:, None, None]))
 
     @torch.no_grad()
-    def step(self, rate: float, momentum: float, decay: float, ns_dtype: torch.dtype = torch.bfloat16) -> None:
+    def step(
+        self, rate: float, momentum: float, ns_dtype: torch.dtype = torch.bfloat16, decay: float | None = None
+    ) -> None:
         """Update every matrix from its .grad (already averaged over ranks)."""
+        decay = self.recipe.matrix_decay if decay is None else decay
         updates = [self.momentum_update(group, momentum) for group in self.groups]
         self.orthogonalize_all(updates, ns_dtype)
         for group, update in zip(self.groups, updates, strict=True):
@@ -177,7 +180,7 @@ class Optimizers:
             group["lr"] = scale * (recipe.embed_rate if group["kind"] == "embed" else recipe.scalar_rate)
         self.adam.step()
         decay = recipe.decay_at(progress)
-        self.muon.step(recipe.matrix_rate * scale, recipe.momentum_at(progress), decay, self.ns_dtype)
+        self.muon.step(recipe.matrix_rate * scale, recipe.momentum_at(progress), self.ns_dtype, decay)
 
     def gradient_norm(self) -> float:
         """Global norm of the gradients, not finite when any of them is not."""
