@@ -244,7 +244,7 @@ def table(plan: Plan, rows: list[dict]) -> str:
     base = {r["seed"]: bpb_of(r) for r in found[control]}
     unit = {"time": "s", "steps": "steps", "flops": "training FLOPs", "bytes": "bytes"}[plan.equal]
     lines = [
-        f"Equal {plan.equal}: {plan.amount:g} {unit}, seeds {plan.seeds}, {'judged' if plan.judge else 'not judged'}.\n",
+        f"Equal {plan.equal}: {plan.amount:g} {unit}, seeds {plan.seeds}{', judged' if plan.judge else ''}.\n",
         f"| variant | bpb | sd | less than {control} | pairs' sd | Welch p | bytes | steps | ms/step | runs |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
