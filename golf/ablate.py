@@ -211,10 +211,11 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def add_row(path: Path, row: dict) -> None:
-    """Append a row so that it survives a power cut."""
-    whole = not path.exists() or path.stat().st_size == 0 or path.read_bytes().endswith(b"\n")
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(("" if whole else "\n") + json.dumps(row) + "\n")
+    """Append a row so that it survives a power cut; a last line that was cut off goes."""
+    data = path.read_bytes() if path.exists() else b""
+    with open(path, "ab") as file:
+        file.truncate(data.rfind(b"\n") + 1)
+        file.write(json.dumps(row).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
