@@ -112,8 +112,9 @@ def score_text(
     sheet.see(10, limits.scoring <= limits.seconds, f"it took {limits.scoring:.0f} s of {limits.seconds:g}")
     sheet.note(10, f"{limits.scoring:.1f} of {limits.seconds:g} s for loading and scoring")
     score = Score(referee.ledger.nats, referee.ledger.count, text.bytes_of(referee.ledger.count))
+    moved = "not run"
     if not {14, 15, 16} <= sheet.off:
-        fresh_process(referee, entry.folder, limits, data)
+        moved = fresh_process(referee, entry.folder, limits, data)
     claimed = entry.record.val_bpb
     if claims and claimed is not None and not official:
         off = abs(claimed / score.bpb - 1)
@@ -131,7 +132,8 @@ def score_text(
         "eval_seconds": round(limits.scoring, 3), "probe_seconds": round(limits.probing, 3), "corpus": text.corpus,
         "corpus_fingerprint": text.corpus_fingerprint, "validation_sha256": text.sha256,
         "tokenizer_sha256": hashlib.sha256(text.tokenizer.model).hexdigest(),
-        "ledger_sha256": referee.ledger.digest.hexdigest(), "isolation": contender.isolation,
+        "another_document_before": moved, "ledger_sha256": referee.ledger.digest.hexdigest(),
+        "isolation": contender.isolation,
         "bytes_total": measured.total, "cap": entry.limits.bytes_cap,
         "fits": measured.total <= entry.limits.bytes_cap,
         "model_sha256": hashlib.sha256(artifact.read_bytes()).hexdigest() if artifact.is_file() else "",

@@ -101,7 +101,7 @@ class Referee:
         self.documents = np.cumsum(self.tokens == validation.tokenizer.bos).astype(np.int64)
         self.committed = 0
         self.flip_nats: list[float] = []
-        self.compared = self.identical = 0
+        self.compared = self.identical = self.distributions = 0
         self.worst = 0.0
 
     # -- asking --------------------------------------------------------------------------------------------------
@@ -133,6 +133,7 @@ class Referee:
     def chosen(self, given: np.ndarray, shown: np.ndarray) -> np.ndarray:
         """The log-probabilities (B, T) of the shown targets; every distribution must sum to one."""
         bad = self.unnormalised(given)
+        self.distributions += given.shape[0] * given.shape[1]
         self.sheet.see(3, not bad, bad)
         return np.take_along_axis(given, shown[:, 1:, None], axis=-1)[..., 0]
 
@@ -294,9 +295,13 @@ class Referee:
                     number, f"{self.sheet.checks[number].tried} comparisons, {self.identical} of {self.compared} "
                     f"bit-identical, {self.worst:.1e} {kind}",
                 )  # fmt: skip
+        self.sheet.note(3, f"{self.distributions:,} distributions over {self.contender.vocab:,} pieces")
+        self.sheet.note(5, f"{self.sheet.checks[5].tried} rows asked again with others between")
         if self.full:
             self.sheet.see(4, True, "")
             self.sheet.note(4, "scores are read out of the full distributions")
+        else:
+            self.sheet.note(4, f"{self.sheet.checks[4].tried} rows asked in full after the commit")
         nats = -self.ledger.scores[~np.isnan(self.ledger.scores)].astype(np.float64)
         found = np.array(self.flip_nats)
         if found.size >= LEAST_PROBES:
@@ -318,15 +323,16 @@ def stock_tokens(validation: Validation) -> np.ndarray:
     return np.array(validation.tokenizer.encode(text[:20_000]), dtype=np.int64)
 
 
-def fresh_process(referee: Referee, folder: Path, limits: Limits, hidden: Path | None) -> None:
-    """Checks that want a process which has seen nothing: reload, batch shapes, and what adaptation may touch."""
+def fresh_process(referee: Referee, folder: Path, limits: Limits, hidden: Path | None) -> str:
+    """Checks that want a process which has seen nothing: reload, batch shapes, and what adaptation may touch. Returns
+    how far scores depend on the document before."""
     sheet, submission = referee.sheet, referee.submission
     ledger, rng = referee.ledger, referee.rng
     shut_in = 11 not in sheet.off
     with Contender(folder, referee.validation.tokenizer.model, limits, hidden, True, shut_in) as fresh:
         if fresh.vocab != referee.contender.vocab or fresh.offers != referee.contender.offers:
             sheet.see(16, False, "a second process offers something else than the first")
-            return
+            return "not run"
         stretches = list(
             chunks(referee.tokens.size, submission.chunk, submission.context, submission.stride, referee.official)
         )
@@ -359,6 +365,7 @@ def fresh_process(referee: Referee, folder: Path, limits: Limits, hidden: Path |
         sheet.see(16, off <= max(RELOAD, precise), f"a fresh process scores {len(picked)} rows {off:.1e} differently")
         sheet.note(16, f"{len(picked)} rows, relative difference {off:.1e}")
         sheet.note(14, f"{len(picked)} rows alone and among {slots}")
+        found = independence(referee, fresh, rows)
         if submission.adapts:
             adapted_only_later(referee, fresh, stretches)
         else:
@@ -367,6 +374,31 @@ def fresh_process(referee: Referee, folder: Path, limits: Limits, hidden: Path |
                 15, worst <= limit, f"asked first thing in a fresh process, targets score up to {worst:.1e} nats off"
             )
             sheet.note(15, f"it never adapts: {len(picked)} rows asked first thing, {worst:.1e} nats at most")
+    return found
+
+
+def independence(referee: Referee, fresh: Contender, rows: list[Row]) -> str:
+    """How far scores move when the document before theirs in a row is another one. No rule asks for it."""
+    bos, moved, count = referee.validation.tokenizer.bos, [], 0
+    for row in rows:
+        shown = referee.inputs(Asked(row))[None]
+        inside = np.flatnonzero(shown[0, 1:-1] == bos) + 1
+        if not inside.size or count == FRESH_ROWS:
+            continue
+        at = int(inside[-1])
+        other = shown.copy()
+        other[0, :at] = np.resize(referee.stock, at)
+        both = np.concatenate([shown, other])
+        if "score" in fresh.offers:
+            scores = fresh.score(both)
+        else:
+            given = fresh.logprobs(both[:, :-1])
+            scores = np.take_along_axis(given, both[:, 1:, None], axis=-1)[..., 0]
+        moved.append(np.abs(scores[0, at:] - scores[1, at:]).mean())
+        count += 1
+    if not moved:
+        return "no row holds the start of a document"
+    return f"{np.mean(moved):.1e} nats a target on average in {count} rows, {max(moved):.1e} in the worst"
 
 
 def fill(referee: Referee, row: Row, rows: list[Row], slots: int, asked: Asked) -> list[Asked]:

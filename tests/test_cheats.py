@@ -296,6 +296,13 @@ def test_our_own_model_passes_however_it_is_asked(trained, corpus, tmp_path, fla
     assert verdict["valid"], (verdict["invalid"], failed(verdict))
 
 
+@pytest.mark.slow
+def test_training_again_without_the_validation_text(trained, corpus):
+    done = run("eval_bpb.py", trained, "--data", corpus, "--retrain", "--json")
+    told = json.loads(done.stdout)["retrained"]
+    assert told.startswith("agrees") and "+0.00 %" in told.replace("-0.00", "+0.00"), told
+
+
 PROVED_WRONG = ("last_epoch", "oracle_expert", "scored_positions", "target_gated", "wrong_denominator", "target_in_key",
                 "two_tongues", "adapts_first")  # fmt: skip
 
