@@ -1,4 +1,4 @@
-"""What the referee's probes cost beside the scoring, measured on a run and extrapolated to the contest's validation set.
+"""What the referee's probes cost beside the scoring: measured on a run, extrapolated to the contest's validation set.
 
 python bench/probe_cost.py RUN [--data FOLDER]
 """
