@@ -34,7 +34,8 @@ from golf.console import parse, run_script
 from golf.contender import Contender, Invalid, Limits
 from golf.data import Corpus
 from golf.files import write_bytes
-from golf.judging import CHECKS, Referee, Sheet, fresh_process, stock_tokens, tell_progress
+from golf.judging import CHECKS, Referee, Sheet, stock_tokens, tell_progress
+from golf.recheck import fresh_process
 
 ROOT = Path(__file__).resolve().parent
 
@@ -168,7 +169,7 @@ def prove_folder(folder: Path, data: Path, documents: int, tokens: int) -> dict:
     same = done.returncode == 0 and done.stdout.strip() == prove.digest(sample.rows)
     seen = sum(len(text.tokenizer.decode(r)) for r in sample.rows)
     result = prove.report(sample, seen, len(packed), nats, same, time.monotonic() - began)
-    write_verdict(folder, {"proof": result})
+    write_verdict(folder, {"folder_sha256": folder_sha256(folder), "proof": result})
     return result
 
 
@@ -178,9 +179,8 @@ def write_verdict(folder: Path, values: dict) -> None:
     old = {}
     with contextlib.suppress(OSError, ValueError, RecursionError):
         old = json.loads(path.read_text("utf-8"))
-    kept = {"proof": old["proof"]} if isinstance(old, dict) and "proof" in old else {}
-    if "proof" in values and isinstance(old, dict):
-        kept = old
+    same = isinstance(old, dict) and old.get("folder_sha256") == values["folder_sha256"]  # not of other files
+    kept = old if same and "proof" in values else {"proof": old["proof"]} if same and "proof" in old else {}
     try:
         write_bytes(path, json.dumps({**kept, **values}, indent=1).encode() + b"\n")
     except UsageError:
@@ -339,7 +339,9 @@ def main() -> int:
     if arguments.retrain:
         from golf.retrain import retrain
 
-        verdict["retrained"] = retrain(folder, data, verdict, partial(judge, claims=False))
+        verdict["retrained"] = told = retrain(folder, data, verdict, partial(judge, claims=False))
+        if not told.startswith("agrees") and verdict["valid"]:
+            verdict |= {"valid": False, "invalid": f"trained again: {told}"}
     write_verdict(folder, verdict)
     if arguments.json:
         print(json.dumps(verdict))

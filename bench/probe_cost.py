@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_bpb
 from golf import submission, validation
 from golf.contender import Contender, Limits
-from golf.judging import FRESH_ROWS, FULL_SHARE, MOST_PROBES, PROBE_SHARE, SCORED_TOKENS
+from golf.judging import FULL_SHARE, MOST_PROBES, PROBE_SHARE, SCORED_TOKENS
+from golf.recheck import FRESH_ROWS
 
 CONTEST_TARGETS = 62_021_845
 
