@@ -96,7 +96,7 @@ def score_text(
     official: bool, claims: bool,
 ) -> dict:  # fmt: skip
     """Score the whole text; all checks that can be made. Raises Invalid."""
-    corpus = Corpus(data) if data.is_dir() else None
+    corpus = Corpus(data, "--data") if data.is_dir() else None
     evidence.claims(entry, text, sheet, official)
     shut_in = 11 not in sheet.off
     with Contender(entry.folder, text.tokenizer.model, limits, data, shut_in=shut_in) as contender:
