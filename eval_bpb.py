@@ -34,7 +34,8 @@ from golf.console import parse, run_script
 from golf.contender import Contender, Invalid, Limits
 from golf.data import Corpus
 from golf.files import write_bytes
-from golf.judging import CHECKS, Referee, Sheet, fresh_process, stock_tokens, tell_progress
+from golf.judging import CHECKS, Referee, Sheet, stock_tokens, tell_progress
+from golf.recheck import fresh_process
 
 ROOT = Path(__file__).resolve().parent
 
@@ -95,7 +96,7 @@ def score_text(
     official: bool, claims: bool,
 ) -> dict:  # fmt: skip
     """Score the whole text; all checks that can be made. Raises Invalid."""
-    corpus = Corpus(data) if data.is_dir() else None
+    corpus = Corpus(data, "--data") if data.is_dir() else None
     evidence.claims(entry, text, sheet, official)
     shut_in = 11 not in sheet.off
     with Contender(entry.folder, text.tokenizer.model, limits, data, shut_in=shut_in) as contender:
@@ -112,8 +113,9 @@ def score_text(
     sheet.see(10, limits.scoring <= limits.seconds, f"it took {limits.scoring:.0f} s of {limits.seconds:g}")
     sheet.note(10, f"{limits.scoring:.1f} of {limits.seconds:g} s for loading and scoring")
     score = Score(referee.ledger.nats, referee.ledger.count, text.bytes_of(referee.ledger.count))
+    moved = "not run"
     if not {14, 15, 16} <= sheet.off:
-        fresh_process(referee, entry.folder, limits, data)
+        moved = fresh_process(referee, entry.folder, limits, data)
     claimed = entry.record.val_bpb
     if claims and claimed is not None and not official:
         off = abs(claimed / score.bpb - 1)
@@ -131,7 +133,8 @@ def score_text(
         "eval_seconds": round(limits.scoring, 3), "probe_seconds": round(limits.probing, 3), "corpus": text.corpus,
         "corpus_fingerprint": text.corpus_fingerprint, "validation_sha256": text.sha256,
         "tokenizer_sha256": hashlib.sha256(text.tokenizer.model).hexdigest(),
-        "ledger_sha256": referee.ledger.digest.hexdigest(), "isolation": contender.isolation,
+        "another_document_before": moved, "ledger_sha256": referee.ledger.digest.hexdigest(),
+        "isolation": contender.isolation,
         "bytes_total": measured.total, "cap": entry.limits.bytes_cap,
         "fits": measured.total <= entry.limits.bytes_cap,
         "model_sha256": hashlib.sha256(artifact.read_bytes()).hexdigest() if artifact.is_file() else "",
@@ -166,7 +169,7 @@ def prove_folder(folder: Path, data: Path, documents: int, tokens: int) -> dict:
     same = done.returncode == 0 and done.stdout.strip() == prove.digest(sample.rows)
     seen = sum(len(text.tokenizer.decode(r)) for r in sample.rows)
     result = prove.report(sample, seen, len(packed), nats, same, time.monotonic() - began)
-    write_verdict(folder, {"proof": result})
+    write_verdict(folder, {"folder_sha256": folder_sha256(folder), "proof": result})
     return result
 
 
@@ -176,9 +179,8 @@ def write_verdict(folder: Path, values: dict) -> None:
     old = {}
     with contextlib.suppress(OSError, ValueError, RecursionError):
         old = json.loads(path.read_text("utf-8"))
-    kept = {"proof": old["proof"]} if isinstance(old, dict) and "proof" in old else {}
-    if "proof" in values and isinstance(old, dict):
-        kept = old
+    same = isinstance(old, dict) and old.get("folder_sha256") == values["folder_sha256"]  # not of other files
+    kept = old if same and "proof" in values else {"proof": old["proof"]} if same and "proof" in old else {}
     try:
         write_bytes(path, json.dumps({**kept, **values}, indent=1).encode() + b"\n")
     except UsageError:
@@ -337,7 +339,9 @@ def main() -> int:
     if arguments.retrain:
         from golf.retrain import retrain
 
-        verdict["retrained"] = retrain(folder, data, verdict, partial(judge, claims=False))
+        verdict["retrained"] = told = retrain(folder, data, verdict, partial(judge, claims=False))
+        if not told.startswith("agrees") and verdict["valid"]:
+            verdict |= {"valid": False, "invalid": f"trained again: {told}"}
     write_verdict(folder, verdict)
     if arguments.json:
         print(json.dumps(verdict))

@@ -135,7 +135,7 @@ class Bench:
         self.shape, self.weights = read_tensors(run / "checkpoint.safetensors")
         self.sensitivities = read_sensitivities(run / "hessians.safetensors", self.shape)
         self.record = records.read(run)
-        corpus = Corpus(data)
+        corpus = Corpus(data, "--data")
         self.length = self.record.context
         self.tokens = np.concatenate(corpus.shards("val"))[: tokens + 1]
         self.bytes = corpus.val_bytes * self.tokens.size / corpus.tokens["val"]

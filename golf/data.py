@@ -55,17 +55,17 @@ def read_shard(path: Path) -> np.ndarray:
 class Corpus:
     """A folder that `python -m golf.prepare` wrote: manifest.json, tokenizer.model, train_*.bin and val_*.bin."""
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, option: str = "--run.data"):
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         try:
             self.manifest = json.loads(path.read_text("utf-8"))
         except OSError as error:
             raise UsageError(
-                f"--run.data {folder}: no {path.name} there ({error.strerror}); run python -m golf.prepare first."
+                f"{option} {folder}: no {path.name} there ({error.strerror}); run python -m golf.prepare first."
             ) from error
         except ValueError as error:
-            raise UsageError(f"--run.data {folder}: {path.name} is not JSON ({error}); prepare it again.") from error
+            raise UsageError(f"{option} {folder}: {path.name} is not JSON ({error}); prepare it again.") from error
         try:
             self.name = str(self.manifest["name"])
             self.fingerprint = str(self.manifest["fingerprint"])
@@ -76,7 +76,7 @@ class Corpus:
             self.tokens = {split: int(self.manifest["splits"][split]["tokens"]) for split in ("train", "val")}
             self.val_bytes = int(self.manifest["splits"]["val"]["counted_bytes"])
         except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"--run.data {folder}: {path.name} lacks {error}; prepare it again.") from error
+            raise UsageError(f"{option} {folder}: {path.name} lacks {error}; prepare it again.") from error
 
     @property
     def tokenizer(self) -> Path:

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -22,10 +21,8 @@ SUMS_TO_ONE = 1e-3  # how far probabilities may sum from 1
 SAME = {False: 0.0, True: 1e-4}  # nats by which blind and committed scores may differ; where shapes depend on content
 AGREE = {"float32": 1e-4, "bfloat16": 5e-2}  # nats between score() and logprobs()
 BATCH_MEAN = {"float32": 1e-5, "bfloat16": 2e-3}  # mean difference, nats, between shapes of a batch
-RELOAD = 1e-6  # relative
 PROBE_SHARE, LEAST_PROBES, MOST_PROBES = 0.01, 24, 512
 FULL_SHARE = 0.01  # of the rows, asked for in full after score()
-FRESH_ROWS = 12
 CHECKS = {
     1: "future flip", 2: "target flip", 3: "sum to one", 4: "score is the log-probability", 5: "score before adapt",
     6: "single pass", 7: "bytes recounted", 8: "whole validation set", 9: "bytes under the cap",
@@ -101,7 +98,7 @@ class Referee:
         self.documents = np.cumsum(self.tokens == validation.tokenizer.bos).astype(np.int64)
         self.committed = 0
         self.flip_nats: list[float] = []
-        self.compared = self.identical = 0
+        self.compared = self.identical = self.distributions = 0
         self.worst = 0.0
 
     # -- asking --------------------------------------------------------------------------------------------------
@@ -133,6 +130,7 @@ class Referee:
     def chosen(self, given: np.ndarray, shown: np.ndarray) -> np.ndarray:
         """The log-probabilities (B, T) of the shown targets; every distribution must sum to one."""
         bad = self.unnormalised(given)
+        self.distributions += given.shape[0] * given.shape[1]
         self.sheet.see(3, not bad, bad)
         return np.take_along_axis(given, shown[:, 1:, None], axis=-1)[..., 0]
 
@@ -294,9 +292,13 @@ class Referee:
                     number, f"{self.sheet.checks[number].tried} comparisons, {self.identical} of {self.compared} "
                     f"bit-identical, {self.worst:.1e} {kind}",
                 )  # fmt: skip
+        self.sheet.note(3, f"{self.distributions:,} distributions over {self.contender.vocab:,} pieces")
+        self.sheet.note(5, f"{self.sheet.checks[5].tried} rows asked again with others between")
         if self.full:
             self.sheet.see(4, True, "")
             self.sheet.note(4, "scores are read out of the full distributions")
+        else:
+            self.sheet.note(4, f"{self.sheet.checks[4].tried} rows asked in full after the commit")
         nats = -self.ledger.scores[~np.isnan(self.ledger.scores)].astype(np.float64)
         found = np.array(self.flip_nats)
         if found.size >= LEAST_PROBES:
@@ -316,92 +318,6 @@ def stock_tokens(validation: Validation) -> np.ndarray:
     text = " ".join((module.__doc__ or "") + " ".join((getattr(module, n).__doc__ or "") for n in dir(module))
                     for module in (argparse, ast, logging))  # fmt: skip
     return np.array(validation.tokenizer.encode(text[:20_000]), dtype=np.int64)
-
-
-def fresh_process(referee: Referee, folder: Path, limits: Limits, hidden: Path | None) -> None:
-    """Checks that want a process which has seen nothing: reload, batch shapes, and what adaptation may touch."""
-    sheet, submission = referee.sheet, referee.submission
-    ledger, rng = referee.ledger, referee.rng
-    shut_in = 11 not in sheet.off
-    with Contender(folder, referee.validation.tokenizer.model, limits, hidden, True, shut_in) as fresh:
-        if fresh.vocab != referee.contender.vocab or fresh.offers != referee.contender.offers:
-            sheet.see(16, False, "a second process offers something else than the first")
-            return
-        stretches = list(
-            chunks(referee.tokens.size, submission.chunk, submission.context, submission.stride, referee.official)
-        )
-        sample = stretches[0] if submission.adapts else [r for rows in stretches for r in rows]
-        usual = max(r.length for r in sample)
-        rows = [r for r in sample if r.length == usual]
-        slots = min(referee.slots, len(rows))
-        picked = [rows[int(n)] for n in rng.permutation(len(rows))[: max(1, min(FRESH_ROWS, len(rows)))]]
-        if submission.adapts:
-            fresh.reset()
-        precise = SAME[submission.content_shapes]
-        for row in picked:  # first without what follows, which this process has never seen
-            flip = referee.flip_of(row)
-            batch = fill(referee, row, rows, slots, Asked(row, flip))
-            scores, _ = referee.ask(batch, fresh)
-            far = np.abs(scores[0, row.first : flip] - ledger.scores[row.new][: flip - row.first]).max(initial=0.0)
-            agree = AGREE[submission.precision] if far > precise else precise
-            sheet.see(1, far <= agree, f"a process that never saw the rest scores row {row.start} {far:.2e} nats off")
-        nats = recorded = worst = 0.0
-        for row in picked:
-            scores, _ = referee.ask(fill(referee, row, rows, slots, Asked(row)), fresh)
-            nats += float(scores[0, row.first :].sum(dtype=np.float64))
-            recorded += float(ledger.scores[row.new].sum(dtype=np.float64))
-            worst = max(worst, float(np.abs(scores[0, row.first :] - ledger.scores[row.new]).max()))
-            alone, _ = referee.ask([Asked(row)], fresh)
-            mean = float(np.abs(alone[0] - scores[0])[row.first :].mean())
-            most = BATCH_MEAN[submission.precision]
-            sheet.see(14, mean <= most, f"row {row.start} alone scores {mean:.1e} nats differently on average")
-        off = abs(nats - recorded) / max(abs(recorded), 1e-9)
-        sheet.see(16, off <= max(RELOAD, precise), f"a fresh process scores {len(picked)} rows {off:.1e} differently")
-        sheet.note(16, f"{len(picked)} rows, relative difference {off:.1e}")
-        sheet.note(14, f"{len(picked)} rows alone and among {slots}")
-        if submission.adapts:
-            adapted_only_later(referee, fresh, stretches)
-        else:
-            limit = AGREE[submission.precision]
-            sheet.see(
-                15, worst <= limit, f"asked first thing in a fresh process, targets score up to {worst:.1e} nats off"
-            )
-            sheet.note(15, f"it never adapts: {len(picked)} rows asked first thing, {worst:.1e} nats at most")
-
-
-def fill(referee: Referee, row: Row, rows: list[Row], slots: int, asked: Asked) -> list[Asked]:
-    """A batch of the usual shape with a row in front."""
-    others = [rows[int(n)] for n in referee.rng.integers(len(rows), size=slots - 1)]
-    return [asked, *(Asked(other, referee.flip_of(other), False) for other in others)]
-
-
-def adapted_only_later(referee: Referee, fresh: Contender, stretches: list[list[Row]]) -> None:
-    """Random tokens in place of the true ones may change later scores only, and reset() forgets them."""
-    sheet, ledger = referee.sheet, referee.ledger
-    first, later = stretches[0], stretches[min(1, len(stretches) - 1)]
-
-    def difference(rows: list[Row]) -> float:
-        found = 0.0
-        for row in rows[:FRESH_ROWS]:
-            scores, _ = referee.ask([Asked(row)], fresh)
-            found = max(found, float(np.abs(scores[0, row.first :] - ledger.scores[row.new]).max()))
-        return found
-
-    part = slice(first[0].new.start, first[-1].new.stop)
-    noise = referee.rng.choice(referee.stock, part.stop - part.start).astype(np.int64)
-    limit = AGREE[referee.submission.precision]
-    fresh.reset()
-    before = difference(first)
-    fresh.adapt(noise, referee.documents[part])
-    moved = difference(later)
-    fresh.reset()
-    again = difference(first)
-    fresh.adapt(referee.tokens[part].astype(np.int64), referee.documents[part])
-    same = difference(later)
-    sheet.see(5, before <= limit, f"the first rows score {before:.1e} nats off in a fresh process")
-    sheet.see(5, again <= limit, f"after reset() the first rows score {again:.1e} nats off")
-    sheet.see(16, same <= limit, f"adapted again in a fresh process, later rows score {same:.1e} nats off")
-    sheet.note(5, f"adapting to other tokens moves later scores by up to {moved:.2f} nats and no earlier one")
 
 
 def tell_progress(total: int, limits: Limits) -> Callable[[int], None]:

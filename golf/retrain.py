@@ -54,7 +54,7 @@ def retrain(folder: Path, data: Path, verdict: dict, judge: Callable[[Path, Path
         return "not run: the folder has no score"
     with tempfile.TemporaryDirectory(prefix="golf-", ignore_cleanup_errors=True) as place:
         here = Path(place)
-        corpus = Corpus(data)
+        corpus = Corpus(data, "--data")
         without_validation(corpus, here / "data")
         (here / "root").mkdir()
         train_files = [[str((data / n).resolve()), f"/data/{n}"] for n in corpus.files["train"]]

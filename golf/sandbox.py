@@ -59,6 +59,9 @@ def separate():
 def build_root(root, binds, tmp_mb):
     """A new root in memory: bound paths read-only, devices, and places to write that are private and bounded."""
     mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEVICES, "size=16m,mode=755")
+    for place in ("/tmp", "/dev/shm"):  # first: an installation may lie below /tmp
+        os.makedirs(root + place, exist_ok=True)
+        mount("tmpfs", root + place, "tmpfs", NO_SUID | NO_DEVICES, f"size={tmp_mb}m,mode=1777")
     for source, target in binds:
         goal = root + target
         if os.path.islink(source) and source == target:
@@ -72,7 +75,6 @@ def build_root(root, binds, tmp_mb):
             open(goal, "w").close()
         mount(source, goal, None, BIND | RECURSIVE)
         mount(None, goal, None, BIND | REMOUNT | READ_ONLY | NO_SUID)
-    os.makedirs(root + "/dev/shm")
     accelerators = [n for n in os.listdir("/dev") if n.startswith(("nvidia", "dri", "kfd"))]
     for name in (*DEVICES, *accelerators):
         if os.path.isdir(f"/dev/{name}"):
@@ -80,9 +82,6 @@ def build_root(root, binds, tmp_mb):
         else:
             open(f"{root}/dev/{name}", "w").close()
         mount(f"/dev/{name}", f"{root}/dev/{name}", None, BIND | RECURSIVE)
-    for place in ("/tmp", "/dev/shm"):
-        os.makedirs(root + place, exist_ok=True)
-        mount("tmpfs", root + place, "tmpfs", NO_SUID | NO_DEVICES, f"size={tmp_mb}m,mode=1777")
     os.makedirs(root + "/proc")
     mount(None, root, None, BIND | REMOUNT | READ_ONLY | NO_SUID)
 

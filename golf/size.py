@@ -6,19 +6,21 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from golf.config import Config, Shape, tensor_class
+from golf.config import Config, Pack, Shape, tensor_class
 
 FINEST, COARSEST = 1 / 32, 2.0  # the codec's own limits; a test holds them equal
 
-# What an artifact holds beside its weights' symbols; measured on one trained `laptop` model (LAB.md).
-ROW_CODE_BITS = 3.8  # a row's step, where it goes with the row's deviation
+# What an artifact holds beside its weights' symbols; measured on trained models (LAB.md).
+ROW_CODE_BITS = 4.4  # a row's step, where it goes with the row's deviation
 EMBED_ROW_BITS = 6.1  # a row of the embedding, whose step goes with how often the piece occurs
-COLUMN_CODE_BITS = 3.8  # a column's step, where columns have their own
-CONTROL_BITS = 6.8  # a control weight
-HEADER_BYTES, GROUP_BYTES, TABLE_BYTES, LANE_SHARE = 340, 26, 14, 0.0004
-# What tables that follow its rows or columns save on a weight of the embedding; with steps by the row, less is left.
-EMBED_GAIN_BITS = {"alike": 0.3, "by row": 0.15}
-FEEDBACK_SHARE = 1.01  # symbols of matrices rounded with error feedback, over those of their weights
+COLUMN_CODE_BITS = 4.9  # a column's step, where columns have their own
+CONTROL_BITS = 7.3  # a control weight
+HEADER_BYTES, GROUP_BYTES, TABLE_BYTES, LANE_SHARE = 200, 8, 10, 0.0004
+# Bits that the adaptive coder saves on a weight of the embedding at a step of half a deviation, and for each halving of
+# it: rows of pieces that the text hardly shows have wide steps, or are told from earlier rows.
+EMBED_GAIN_BITS, EMBED_GAIN_PER_OCTAVE = 0.135, 0.158
+COLUMNS_SHARE = 1.013  # symbols of matrices whose columns have steps of their own, over those of steps that are alike
+FEEDBACK_ERROR = 1.5  # variance that errors fed forward add to what is rounded, in those of the rounding itself
 
 
 def largest_of(count: int) -> float:
@@ -26,19 +28,24 @@ def largest_of(count: int) -> float:
     return NormalDist().inv_cdf((1 + 0.5 ** (1 / count)) / 2)
 
 
-def symbol_bits(step: float, quantizer: str) -> float:
+def symbol_bits(step: float, quantizer: str, added: float = 1.0) -> float:
     """Entropy of a standard normal variable on a grid of this step.
 
     Rounding adds the grid's error, step^2 / 12 or with a trellis 0.8 of it, to the variance that is coded: 2.047
-    - log2(step) bits where steps are fine; within 0.3 % up to a step of 1.5.
+    - log2(step) bits where steps are fine; within 0.3 % up to a step of 1.5. Errors fed forward add it `added` times.
     """
-    error = 0.8 / 12 if quantizer == "trellis" else 1 / 12
+    error = added * (0.8 / 12 if quantizer == "trellis" else 1 / 12)
     return 0.5 * math.log2(2 * math.pi * math.e * (1 / step**2 + error))
 
 
 def grid_step(step: float, columns: int) -> float:
     """The step that a row of this many weights gets: an integer of 8 bits must hold its largest."""
     return max(step, largest_of(columns) / 127.5)
+
+
+def has_column_steps(pack: Pack) -> bool:
+    """Whether columns get steps of their own: with sensitivities, and tables that follow."""
+    return pack.column_steps and pack.calibration_batches > 0 and pack.coder == "adaptive"
 
 
 def side_bytes(config: Config) -> dict[str, float]:
@@ -52,10 +59,10 @@ def side_bytes(config: Config) -> dict[str, float]:
         if kind == "control":
             totals["control"] += math.prod(dims) * CONTROL_BITS / 8
             continue
-        rows = (
-            EMBED_ROW_BITS if kind == "embed" and weighed else 0.0 if weighed and not pack.row_power else ROW_CODE_BITS
-        )
-        columns = COLUMN_CODE_BITS if weighed and pack.column_steps else 0.0
+        rows = ROW_CODE_BITS
+        if weighed and pack.coder == "adaptive":
+            rows = EMBED_ROW_BITS if kind == "embed" else ROW_CODE_BITS if pack.row_power else 0.0
+        columns = COLUMN_CODE_BITS if has_column_steps(pack) else 0.0
         totals["scales"] += (dims[0] * rows + dims[1] * columns) / 8
     totals["header"] += GROUP_BYTES * len({name.rsplit(".", 1)[-1] for name in table})
     totals["header"] += TABLE_BYTES * len(table) if pack.coder == "static" else 0
@@ -70,11 +77,12 @@ def coded_bytes(config: Config, matrix_step: float, embed_step: float) -> dict[s
         if kind != "control":
             step = grid_step(embed_step if kind == "embed" else matrix_step, dims[1])
             walks = config.pack.quantizer == "trellis" and kind == "matrix"
-            bits = symbol_bits(step, "trellis" if walks else "scalar")
+            fed = config.pack.calibration_batches and config.pack.rounding == "feedback"
+            bits = symbol_bits(step, "trellis" if walks else "scalar", FEEDBACK_ERROR if fed else 1.0)
             if kind == "embed" and config.pack.coder == "adaptive":
-                bits -= EMBED_GAIN_BITS["by row" if config.pack.calibration_batches else "alike"]
-            if kind == "matrix" and config.pack.calibration_batches and config.pack.rounding == "feedback":
-                bits *= FEEDBACK_SHARE
+                bits -= max(0.0, EMBED_GAIN_BITS + EMBED_GAIN_PER_OCTAVE * math.log2(0.5 / step))
+            if kind == "matrix" and has_column_steps(config.pack):
+                bits *= COLUMNS_SHARE
             totals["embedding" if kind == "embed" else "matrices"] += math.prod(dims) * bits / 8
     totals["header"] += LANE_SHARE * sum(totals.values())
     return totals

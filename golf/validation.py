@@ -173,7 +173,7 @@ def load(data: Path, submission: Submission) -> Validation:
     """
     if data.is_file():
         return from_texts(read_documents(data), Tokenizer(submission, b""), "documents", corpus=data.name)
-    corpus = Corpus(data)
+    corpus = Corpus(data, "--data")
     canonical = corpus.tokenizer.read_bytes() if corpus.tokenizer.is_file() else b""
     tokenizer = Tokenizer(submission, canonical)
     if tokenizer.model == canonical and tokenizer.transform == "none":

@@ -13,6 +13,7 @@ import zstandard
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # scorers that the tests start share the machine with other tests
 
 from golf import prepare, sources
 

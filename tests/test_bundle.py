@@ -146,6 +146,7 @@ def test_the_bundle_command(checkout, corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_golden_run_of_the_command(checkout, corpus, tmp_path, monkeypatch):
     done = run("artifact.py", "bundle", "smoke", "--output", tmp_path / "x", "--pack", "--golden", "data/builtin")
     assert done.returncode in (0, 2)

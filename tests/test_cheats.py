@@ -38,6 +38,8 @@ class Entry:
     prepare: Callable[[Path, Path], Path | None] = lambda folder, corpus: None
     """Writes more files; may return other data to judge on."""
     seconds: float = 120.0
+    source: str = ""
+    """Its code, where it is not a file of its own name: a model without fault beside which something is wrong."""
 
 
 def counts_of(corpus: Path) -> bytes:
@@ -171,17 +173,17 @@ CHEATS = {
     "oracle_expert": Entry(2),
     "target_gated": Entry(2),
     "scored_positions": Entry(1),
-    "spaces_twice": Entry(7, prepare=claim_bytes(1.167)),
-    "byte_fallback_three": Entry(7, prepare=claim_bytes(1.0413)),
-    "constant_bytes": Entry(7, prepare=constant_bytes),
+    "spaces_twice": Entry(7, prepare=claim_bytes(1.167), source="honest_bigram"),
+    "byte_fallback_three": Entry(7, prepare=claim_bytes(1.0413), source="honest_bigram"),
+    "constant_bytes": Entry(7, prepare=constant_bytes, source="honest_bigram"),
     "clamped_targets": Entry(8),
-    "lossy": Entry(7, prepare=folding),
-    "stuffed_tokenizer": Entry(13, prepare=stuffed),
-    "train_val_overlap": Entry(12, prepare=overlapping),
-    "truncated_validation": Entry(8, prepare=truncated),
-    "mebibytes": Entry(9, prepare=mebibytes),
+    "lossy": Entry(7, prepare=folding, source="honest_uniform"),
+    "stuffed_tokenizer": Entry(13, prepare=stuffed, source="honest_uniform"),
+    "train_val_overlap": Entry(12, prepare=overlapping, source="honest_bigram"),
+    "truncated_validation": Entry(8, prepare=truncated, source="honest_bigram"),
+    "mebibytes": Entry(9, prepare=mebibytes, source="honest_bigram"),
     "over_the_clock": Entry(10, seconds=4.0),
-    "trained_too_long": Entry(10, keys={"train_seconds": 60.4}),
+    "trained_too_long": Entry(10, keys={"train_seconds": 60.4}, source="honest_bigram"),
     "opens_the_network": Entry(11, prepare=friend),
     "reads_outside": Entry(11, prepare=place),
     "second_file": Entry(0, prepare=readme),
@@ -195,7 +197,7 @@ CHEATS = {
     "cannot_forget": Entry(5, keys={"adapts": True, "chunk": 4096}),
     "counts_calls": Entry(16),
     "reload_differs": Entry(16),
-    "claimed_score": Entry(16, keys={"val_bpb": 1.0}),
+    "claimed_score": Entry(16, keys={"val_bpb": 1.0}, source="honest_bigram"),
 }
 # For each check a cheat, and the other checks that would catch it too: without those it is caught by this one alone.
 ALONE = {
@@ -212,7 +214,7 @@ def make(name: str, entry: Entry, kind: str, place: Path, corpus: Path, counts: 
     """The submission's folder, and the data to judge it on."""
     folder = place / name
     folder.mkdir()
-    shutil.copyfile(HERE / kind / f"{name}.py", folder / "scorer.py")
+    shutil.copyfile(HERE / kind / f"{entry.source or name}.py", folder / "scorer.py")
     shutil.copyfile(HERE / "cheats" / "base.py", folder / "base.py")
     (folder / "model.bin").write_bytes(counts)
     about = {"name": name, "track": "smoke", "context": 64, "corpus": "tiny", "author": "a stranger", **entry.keys}
@@ -237,7 +239,7 @@ def judge(name: str, entry: Entry, kind: str, place: Path, corpus: Path, counts:
 
 def test_there_is_a_cheat_in_the_list_for_every_file():
     written = {p.stem for p in (HERE / "cheats").glob("*.py")} - {"base"}
-    assert written == set(CHEATS) and len(CHEATS) >= 24
+    assert written == {entry.source or name for name, entry in CHEATS.items()} and len(CHEATS) >= 24
 
 
 @pytest.mark.slow
@@ -294,6 +296,13 @@ def test_our_own_model_passes_however_it_is_asked(trained, corpus, tmp_path, fla
     assert done.returncode == 0, done.stderr
     verdict = eval_bpb.judge(tmp_path / "run", corpus)
     assert verdict["valid"], (verdict["invalid"], failed(verdict))
+
+
+@pytest.mark.slow
+def test_training_again_without_the_validation_text(trained, corpus):
+    done = run("eval_bpb.py", trained, "--data", corpus, "--retrain", "--json")
+    told = json.loads(done.stdout)["retrained"]
+    assert told.startswith("agrees") and "+0.00 %" in told.replace("-0.00", "+0.00"), told
 
 
 PROVED_WRONG = ("last_epoch", "oracle_expert", "scored_positions", "target_gated", "wrong_denominator", "target_in_key",

@@ -69,6 +69,7 @@ def test_the_closing_block_is_the_record(trained):
         assert key in record
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md", "log.jsonl", "model.bin", "source", "submission.json", "tokenizer.model", "train_gpt.py",
+        "verdict.json",
     ]  # fmt: skip
     text = (folder / "README.md").read_text()
     assert str(record["val_bpb"]) in text and f"{record['bytes_total']}" in text

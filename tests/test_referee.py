@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import run
+from conftest import run, unpacked
 
 import eval_bpb
-from golf import folders
+from golf import contender, folders
 from golf.bpb import ByteTable
 from golf.config import UsageError
 from golf.contender import Contender, Invalid, Limits
@@ -97,6 +97,7 @@ def test_the_official_truncation_on_the_real_validation_head(yardstick, tmp_path
     folder = submission(tmp_path / "uniform", tmp_path / "data", source, context=1024)
     whole = eval_bpb.judge(folder, tmp_path / "data")
     assert (whole["val_tokens"], whole["val_bytes"]) == (1_040_297, 2_504_867)
+    assert whole["valid"] and "0 of 902 documents encode differently again" in whole["checks"][6]["evidence"]
     assert whole["val_bpb"] == pytest.approx(10 * 1_040_297 / 2_504_867, rel=1e-6)
     official = eval_bpb.judge(folder, tmp_path / "data", official=True)
     assert (official["val_tokens"], official["val_bytes"]) == (1_039_360, 2_502_627)
@@ -276,3 +277,62 @@ def test_the_verdict_names_the_artifact(tmp_path, corpus):
     folder = submission(tmp_path / "named", corpus, UNIFORM)
     (folder / "model.bin").write_bytes(b"weights")
     assert eval_bpb.judge(folder, corpus)["model_sha256"] == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_a_lossy_tokenizer_on_raw_documents_is_invalid(yardstick, tmp_path):
+    model = unpacked(yardstick / "tokenizers" / "fineweb_1024_bpe.model.zst")
+    folder = submission(tmp_path / "raw", tmp_path, UNIFORM.replace("512", "1024"),
+                        tokenizer={"file": "tokenizer.model", "sha256": hashlib.sha256(model).hexdigest()})  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model)
+    verdict = eval_bpb.judge(folder, yardstick / "fineweb_docs_sample.jsonl.zst")
+    assert "196 of 200 documents" in verdict["invalid"] and "published shards" in verdict["invalid"]
+
+
+def test_another_tokenizer_reads_the_text_of_published_shards(corpus, tmp_path):
+    folder = submission(tmp_path / "bytes", corpus, UNIFORM.replace("512", "257"), tokenizer={"kind": "bytes"})
+    verdict = eval_bpb.judge(folder, corpus)
+    data = Corpus(corpus)
+    documents = data.manifest["splits"]["val"]["documents"]
+    assert verdict["valid"], verdict["invalid"]
+    assert verdict["val_bytes"] == data.val_bytes and verdict["val_tokens"] == data.val_bytes + documents - 1
+
+
+def test_capitals_as_marks_come_back(corpus, tmp_path):
+    model = (corpus / "tokenizer.model").read_bytes()
+    told = {"sha256": hashlib.sha256(model).hexdigest(), "transform": "case"}
+    folder = submission(tmp_path / "case", corpus, UNIFORM, tokenizer=told)
+    (folder / "tokenizer.model").write_bytes(model)
+    verdict = eval_bpb.judge(folder, corpus)
+    assert verdict["valid"] and verdict["val_bytes"] == Corpus(corpus).val_bytes
+    assert verdict["val_tokens"] != Corpus(corpus).tokens["val"] - 1
+
+
+@pytest.mark.parametrize("line", [
+    "import socket; socket.create_connection(('127.0.0.1', 9))", "open('/etc/passwd').read()",
+    "open('/tmp/mine', 'w').write('x')",
+])  # fmt: skip
+def test_without_namespaces_a_scorer_is_watched(tmp_path, corpus, monkeypatch, line):
+    monkeypatch.setattr(contender, "why_not_isolated", lambda: "this test")
+    folder = submission(tmp_path / "watched", corpus, UNIFORM.replace("return Scorer()", f"{line}; return Scorer()"))
+    with pytest.raises(Invalid, match="no network|outside what") as raised, Contender(folder, b"", Limits(60)):
+        pass
+    assert raised.value.check == 11
+
+
+def test_a_watched_verdict_does_not_claim_to_have_shut_in(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(contender, "why_not_isolated", lambda: "this test")
+    verdict = eval_bpb.judge(submission(tmp_path / "watched", corpus, UNIFORM), corpus)
+    row = verdict["checks"][10]
+    assert verdict["isolation"] == "watched" and row["status"] == "not run" and "only watched" in row["evidence"]
+
+
+@pytest.mark.parametrize(("keys", "words"), [
+    ({"context": 1}, "context 1"), ({"stride": 65}, "stride 65"), ({"chunk": -1}, "chunk -1"),
+    ({"adapts": True}, "chunk must say"), ({"precision": "int4"}, "precision"),
+    ({"tokenizer": {"kind": "gzip"}}, "kind"),
+    ({"tokenizer": {"file": "../x"}}, "not a plain name"), ({"tokenizer": {"code": "x"}}, "tokenizer has"),
+    ({"tokenizer": {"transform": "upper"}}, "transform"),
+])  # fmt: skip
+def test_declarations_that_no_referee_can_follow_are_refused(tmp_path, corpus, keys, words):
+    with pytest.raises(UsageError, match=words):
+        eval_bpb.judge(submission(tmp_path / "odd", corpus, UNIFORM, **keys), corpus)

@@ -1,4 +1,4 @@
-"""Folds capitals before it counts: an honest model of another text. (Bytes here are of 512 pieces, all alike.)"""
+"""All pieces alike: what is wrong stands beside it."""
 
 import numpy as np
 

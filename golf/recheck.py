@@ -1,0 +1,127 @@
+"""Checks that want a scorer which has seen nothing: the same submission once more, in a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from golf.contender import Contender, Limits
+from golf.judging import AGREE, BATCH_MEAN, SAME, Referee
+from golf.rows import Asked, Row, chunks
+
+RELOAD = 1e-6  # relative, between the recorded score and a fresh process's
+FRESH_ROWS = 12
+
+
+def fresh_process(referee: Referee, folder: Path, limits: Limits, hidden: Path | None) -> str:
+    """Checks that want a process which has seen nothing: reload, batch shapes, and what adaptation may touch. Returns
+    how far scores depend on the document before."""
+    sheet, submission = referee.sheet, referee.submission
+    ledger, rng = referee.ledger, referee.rng
+    shut_in = 11 not in sheet.off
+    with Contender(folder, referee.validation.tokenizer.model, limits, hidden, True, shut_in) as fresh:
+        if fresh.vocab != referee.contender.vocab or fresh.offers != referee.contender.offers:
+            sheet.see(16, False, "a second process offers something else than the first")
+            return "not run"
+        stretches = list(
+            chunks(referee.tokens.size, submission.chunk, submission.context, submission.stride, referee.official)
+        )
+        sample = stretches[0] if submission.adapts else [r for rows in stretches for r in rows]
+        usual = max(r.length for r in sample)
+        rows = [r for r in sample if r.length == usual]
+        slots = min(referee.slots, len(rows))
+        picked = [rows[int(n)] for n in rng.permutation(len(rows))[: max(1, min(FRESH_ROWS, len(rows)))]]
+        if submission.adapts:
+            fresh.reset()
+        precise = SAME[submission.content_shapes]
+        for row in picked:  # first without what follows, which this process has never seen
+            flip = referee.flip_of(row)
+            batch = fill(referee, row, rows, slots, Asked(row, flip))
+            scores, _ = referee.ask(batch, fresh)
+            far = np.abs(scores[0, row.first : flip] - ledger.scores[row.new][: flip - row.first]).max(initial=0.0)
+            agree = AGREE[submission.precision] if far > precise else precise
+            sheet.see(1, far <= agree, f"a process that never saw the rest scores row {row.start} {far:.2e} nats off")
+        nats = recorded = worst = 0.0
+        for row in picked:
+            scores, _ = referee.ask(fill(referee, row, rows, slots, Asked(row)), fresh)
+            nats += float(scores[0, row.first :].sum(dtype=np.float64))
+            recorded += float(ledger.scores[row.new].sum(dtype=np.float64))
+            worst = max(worst, float(np.abs(scores[0, row.first :] - ledger.scores[row.new]).max()))
+            alone, _ = referee.ask([Asked(row)], fresh)
+            mean = float(np.abs(alone[0] - scores[0])[row.first :].mean())
+            most = BATCH_MEAN[submission.precision]
+            sheet.see(14, mean <= most, f"row {row.start} alone scores {mean:.1e} nats differently on average")
+        off = abs(nats - recorded) / max(abs(recorded), 1e-9)
+        sheet.see(16, off <= max(RELOAD, precise), f"a fresh process scores {len(picked)} rows {off:.1e} differently")
+        sheet.note(16, f"{len(picked)} rows, relative difference {off:.1e}")
+        sheet.note(14, f"{len(picked)} rows alone and among {slots}")
+        found = independence(referee, fresh, rows)
+        if submission.adapts:
+            adapted_only_later(referee, fresh, stretches)
+        else:
+            limit = AGREE[submission.precision]
+            sheet.see(
+                15, worst <= limit, f"asked first thing in a fresh process, targets score up to {worst:.1e} nats off"
+            )
+            sheet.note(15, f"it never adapts: {len(picked)} rows asked first thing, {worst:.1e} nats at most")
+    return found
+
+
+def independence(referee: Referee, fresh: Contender, rows: list[Row]) -> str:
+    """How far scores move when the document before theirs in a row is another one. No rule asks for it."""
+    bos, moved, count = referee.validation.tokenizer.bos, [], 0
+    for row in rows:
+        shown = referee.inputs(Asked(row))[None]
+        inside = np.flatnonzero(shown[0, 1:-1] == bos) + 1
+        if not inside.size or count == FRESH_ROWS:
+            continue
+        at = int(inside[-1])
+        other = shown.copy()
+        other[0, :at] = np.resize(referee.stock, at)
+        both = np.concatenate([shown, other])
+        if "score" in fresh.offers:
+            scores = fresh.score(both)
+        else:
+            given = fresh.logprobs(both[:, :-1])
+            scores = np.take_along_axis(given, both[:, 1:, None], axis=-1)[..., 0]
+        moved.append(np.abs(scores[0, at:] - scores[1, at:]).mean())
+        count += 1
+    if not moved:
+        return "no row holds the start of a document"
+    return f"{np.mean(moved):.1e} nats a target on average in {count} rows, {max(moved):.1e} in the worst"
+
+
+def fill(referee: Referee, row: Row, rows: list[Row], slots: int, asked: Asked) -> list[Asked]:
+    """A batch of the usual shape with a row in front."""
+    others = [rows[int(n)] for n in referee.rng.integers(len(rows), size=slots - 1)]
+    return [asked, *(Asked(other, referee.flip_of(other), False) for other in others)]
+
+
+def adapted_only_later(referee: Referee, fresh: Contender, stretches: list[list[Row]]) -> None:
+    """Random tokens in place of the true ones may change later scores only, and reset() forgets them."""
+    sheet, ledger = referee.sheet, referee.ledger
+    first, later = stretches[0], stretches[min(1, len(stretches) - 1)]
+
+    def difference(rows: list[Row]) -> float:
+        found = 0.0
+        for row in rows[:FRESH_ROWS]:
+            scores, _ = referee.ask([Asked(row)], fresh)
+            found = max(found, float(np.abs(scores[0, row.first :] - ledger.scores[row.new]).max()))
+        return found
+
+    part = slice(first[0].new.start, first[-1].new.stop)
+    noise = referee.rng.choice(referee.stock, part.stop - part.start).astype(np.int64)
+    limit = AGREE[referee.submission.precision]
+    fresh.reset()
+    before = difference(first)
+    fresh.adapt(noise, referee.documents[part])
+    moved = difference(later)
+    fresh.reset()
+    again = difference(first)
+    fresh.adapt(referee.tokens[part].astype(np.int64), referee.documents[part])
+    same = difference(later)
+    sheet.see(5, before <= limit, f"the first rows score {before:.1e} nats off in a fresh process")
+    sheet.see(5, again <= limit, f"after reset() the first rows score {again:.1e} nats off")
+    sheet.see(16, same <= limit, f"adapted again in a fresh process, later rows score {same:.1e} nats off")
+    sheet.note(5, f"adapting to other tokens moves later scores by up to {moved:.2f} nats and no earlier one")
