@@ -17,6 +17,7 @@ TENSOR_CLASSES = {
     "embedding": "embed", "query": "matrix", "key": "matrix", "value": "matrix", "out": "matrix", "up": "matrix",
     "down": "matrix", "attn_scale": "control", "mlp_scale": "control", "resid_mix": "control", "qk_gain": "control",
     "skip_weight": "control", "gate": "matrix", "attn_gate": "control", "smear": "control", "pass_signal": "control",
+    "bigram": "embed", "bigram_out": "matrix", "value_table": "embed", "lane_mix": "control",
 }  # fmt: skip
 
 
@@ -80,6 +81,14 @@ class Shape:
     """Add a gated share of the previous piece's embedding, but not across the start of a document."""
     pass_signal: bool = False
     """Tell a shared block by a learned vector, scaled by a sine of the pass, which pass it is."""
+    bigram_rows: int = 0
+    """Rows of a hashed table of pairs of pieces whose rows are projected and added to the embedding; 0 is none."""
+    bigram_width: int = 32
+    """Channels of that table."""
+    value_blocks: int = 0
+    """How many of the last unique blocks add a learned row for each piece to their values (one table for all)."""
+    lanes: bool = False
+    """In the second half of the effective layers keep two residual streams, one read by attention, one by the MLP."""
 
     @property
     def head_size(self) -> int:
@@ -185,6 +194,13 @@ class Shape:
             table["smear"] = (1, GATE_CHANNELS + 1)
         if self.pass_signal:
             table["pass_signal"] = (PASS_WAVES, width)
+        if self.bigram_rows:
+            table["bigram"] = (self.bigram_rows, self.bigram_width)
+            table["bigram_out"] = (width, self.bigram_width)
+        if self.value_blocks:
+            table["value_table"] = (self.vocab_size, self.kv_width)
+        if self.lanes:
+            table["lane_mix"] = (rows, 2, 3)
         return table
 
     @property
@@ -264,6 +280,10 @@ class Recipe:
     """Standard deviation of the embedding at the start."""
     qk_gain: float = 1.5
     """Start of the learned gain on normalised queries."""
+    matrix_init: Literal["uniform", "orthogonal"] = "uniform"
+    """Start of matrices that do not start at zero."""
+    embed_spectrum: float = 0.0
+    """Give the embedding at the start singular values that fall as this power of their rank; 0 leaves them."""
 
     def length_at(self, progress: float) -> int:
         """Tokens a row at `progress` in [0, 1] of the clock."""

@@ -22,8 +22,9 @@ SHAPE = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, c
 OPTIONS = [
     {"activation": "leaky-relu2"}, {"activation": "swiglu"}, {"rotary_share": 0.5}, {"depth_scale": True},
     {"exclusive": True}, {"attn_gate": True}, {"smear": True}, {"pass_signal": True},
+    {"bigram_rows": 50, "bigram_width": 8}, {"value_blocks": 1}, {"value_blocks": 3}, {"lanes": True},
     {"activation": "swiglu", "rotary_share": 0.25, "depth_scale": True, "exclusive": True, "attn_gate": True,
-     "smear": True, "pass_signal": True, "pass_scalars": True},
+     "smear": True, "pass_signal": True, "pass_scalars": True, "bigram_rows": 50, "value_blocks": 2, "lanes": True},
 ]  # fmt: skip
 
 
@@ -67,8 +68,8 @@ def test_every_option_changes_the_function(options):
 def test_gates_and_signals_start_as_nothing():
     tokens = tokens_of()
     plain = RecurrentGPT(SHAPE).initialize(Recipe(), 1)
-    for option in ("attn_gate", "smear", "pass_signal"):
-        model = RecurrentGPT(replace(SHAPE, **{option: True})).initialize(Recipe(), 1)
+    for option in ({"attn_gate": True}, {"smear": True}, {"pass_signal": True}, {"value_blocks": 2}):
+        model = RecurrentGPT(replace(SHAPE, **option)).initialize(Recipe(), 1)
         assert torch.equal(model(tokens), plain(tokens)), option
 
 
@@ -81,6 +82,25 @@ def test_smear_stops_at_documents():
     for t in (1, 2, 5, 20):
         expected = size * torch.sigmoid(found[:, t, :12] @ gate)[:, None] * found[:, t - 1]
         assert torch.allclose(added[:, t], expected * (tokens[:, t] != BOS)[:, None])
+
+
+def test_pairs_are_hashed_and_end_at_documents():
+    model, tokens = model_of(bigram_rows=50, bigram_width=8), tokens_of()
+    found = model.paired(tokens, torch.float64)
+    for b in range(2):
+        for t in range(24):
+            now, before = int(tokens[b, t]), int(tokens[b, t - 1])
+            row = 49 if t == 0 or now == BOS else ((now * 36313) ^ (before * 27191)) % 49
+            assert torch.allclose(found[b, t], model.bigram_out @ model.bigram[row])
+
+
+def test_starts_with_orthogonal_matrices_and_a_falling_spectrum():
+    recipe = Recipe(matrix_init="orthogonal", embed_spectrum=0.5)
+    model = RecurrentGPT(SHAPE).initialize(recipe, 1)
+    query = model.blocks[0].query.detach()
+    assert torch.allclose(query @ query.mT, torch.eye(32), atol=1e-5)
+    values = torch.linalg.svdvals(model.embedding.detach())
+    assert torch.allclose(values / values[0], torch.arange(1, 33) ** -0.5, atol=1e-4)
 
 
 def test_exclusive_attention_is_orthogonal_to_the_own_value():
