@@ -44,6 +44,7 @@ def plan(config: Config, machine: str = "8xH100") -> dict:
         "steps": steps,
         "tokens": steps * config.recipe.batch_tokens,
         "training_memory": memory, "fits_12gb": memory <= 12e9, "fits_24gb": memory <= 24e9,
+        "process_memory": pace.process_memory(config),
     }  # fmt: skip
 
 

@@ -225,11 +225,9 @@ def train(
         rollback.take_back()
     if result.steps and result.status != "crash":
         average.install()
-    result.peak_memory = peak_memory(machine.device)
     report({
         "event": "trained", "status": result.status, "reason": result.reason, "steps": result.steps,
         "tokens": result.tokens, "train_seconds": round(result.train_seconds, 3), "left_out": round(clock.left_out, 3),
-        "peak_memory": result.peak_memory,
     })  # fmt: skip
     if config.pack.calibration_batches and result.steps:
         began = clock.elapsed()
@@ -240,6 +238,7 @@ def train(
         if done:
             result.train_seconds = began + seconds
         report({"event": "calibrated", "batches": done, "seconds": round(seconds, 2), "reserve": round(reserve, 2)})
+    result.peak_memory = peak_memory(machine.device)
     return result
 
 

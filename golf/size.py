@@ -18,9 +18,11 @@ CONTROL_BITS = 7.3  # a control weight
 HEADER_BYTES, GROUP_BYTES, TABLE_BYTES, LANE_SHARE = 200, 8, 10, 0.0004
 # Bits that the adaptive coder saves on a weight of the embedding at a step of half a deviation, and for each halving of
 # it: rows of pieces that the text hardly shows have wide steps, or are told from earlier rows.
-EMBED_GAIN_BITS, EMBED_GAIN_PER_OCTAVE = 0.135, 0.158
-COLUMNS_SHARE = 1.013  # symbols of matrices whose columns have steps of their own, over those of steps that are alike
-FEEDBACK_ERROR = 1.5  # variance that errors fed forward add to what is rounded, in those of the rounding itself
+EMBED_GAIN_BITS, EMBED_GAIN_PER_OCTAVE = 0.07, 0.158
+# Bits of matrices whose columns have steps of their own are more by this over the width, the longer the columns the
+# less: tables that follow a column learn its width from its first symbols.
+COLUMNS_COST = 1.66
+FEEDBACK_ERROR = 1.65  # variance that errors fed forward add to what is rounded, in those of the rounding itself
 
 
 def largest_of(count: int) -> float:
@@ -82,7 +84,7 @@ def coded_bytes(config: Config, matrix_step: float, embed_step: float) -> dict[s
             if kind == "embed" and config.pack.coder == "adaptive":
                 bits -= max(0.0, EMBED_GAIN_BITS + EMBED_GAIN_PER_OCTAVE * math.log2(0.5 / step))
             if kind == "matrix" and has_column_steps(config.pack):
-                bits *= COLUMNS_SHARE
+                bits *= 1 + COLUMNS_COST / config.shape.width
             totals["embedding" if kind == "embed" else "matrices"] += math.prod(dims) * bits / 8
     totals["header"] += LANE_SHARE * sum(totals.values())
     return totals
