@@ -144,7 +144,7 @@ class Optimizers:
             groups[kind].append((name, p))
         self.recipe = recipe
         # A block's name is blocks.INDEX.MATRIX.
-        passes = {name: model.shape.passes(int(name.split(".")[1])) for name, _ in groups["muon"]}
+        passes = {n: model.shape.passes(int(n.split(".")[1])) for n, _ in groups["muon"] if n.startswith("blocks.")}
         self.muon = Muon(groups["muon"], recipe, passes)
         self.adam = torch.optim.AdamW(
             [
