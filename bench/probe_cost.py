@@ -55,7 +55,7 @@ def main() -> None:
     blind, full = min(MOST_PROBES, int(PROBE_SHARE * rows)), int(FULL_SHARE * rows)
     cost = {
         f"{blind} rows shown blind": blind * each["score"],
-        f"{full} rows in full, twice": 2 * full * each["logprobs"],
+        f"{full} rows in full, a quarter of them twice": 1.25 * full * each["logprobs"],
         "a row asked again, with others": 2 * slots * each["score"],
         f"a fresh process, {FRESH_ROWS} rows twice among {slots} and alone": 2 * FRESH_ROWS * slots * each["score"],
     }

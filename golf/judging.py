@@ -23,6 +23,7 @@ AGREE = {"float32": 1e-4, "bfloat16": 5e-2}  # nats between score() and logprobs
 BATCH_MEAN = {"float32": 1e-5, "bfloat16": 2e-3}  # mean difference, nats, between shapes of a batch
 PROBE_SHARE, LEAST_PROBES, MOST_PROBES = 0.01, 24, 512
 FULL_SHARE = 0.01  # of the rows, asked for in full after score()
+FULL_HIDDEN = 16  # of those, and at least a quarter, asked again with another target
 CHECKS = {
     1: "future flip", 2: "target flip", 3: "sum to one", 4: "score is the log-probability", 5: "score before adapt",
     6: "single pass", 7: "bytes recounted", 8: "whole validation set", 9: "bytes under the cap",
@@ -242,11 +243,12 @@ class Referee:
             count = int(self.rng.binomial(len(rows), share)) if share < 1 else len(rows)
             count = max(count, 1) if repeat else count
             picked = [rows[int(n)] for n in self.rng.permutation(len(rows))[:count]]
+            hidden = set(picked[: max(FULL_HIDDEN, len(picked) // 4)])
             slots = max(1, BUFFER_BYTES // (4 * self.contender.vocab * self.submission.context))
             for length in sorted({r.length for r in picked}):
                 alike = [r for r in picked if r.length == length]
                 for at in range(0, len(alike), slots):
-                    self.see_in_full(alike[at : at + slots])
+                    self.see_in_full(alike[at : at + slots], hidden)
         if repeat and not {5} <= self.sheet.off:
             row = rows[int(self.rng.integers(len(rows)))]
             filler = [Asked(r, self.flip_of(r), False) for r in rows if r.length == row.length and r != row]
@@ -257,25 +259,28 @@ class Referee:
             limit = AGREE[self.submission.precision]
             self.sheet.see(5, far <= limit, f"row {row.start} asked again scores up to {far:.2e} nats differently")
 
-    def see_in_full(self, rows: list[Row]) -> None:
-        """The distributions of committed rows of one length, true and with another target."""
-        flips = [self.flip_of(row) for row in rows]
+    def see_in_full(self, rows: list[Row], hidden: set[Row]) -> None:
+        """The distributions of committed rows of one length, and of those in `hidden` with another target."""
         self.contender.share = 1.0
         true = np.stack([self.inputs(Asked(row)) for row in rows])
         given = self.contender.logprobs(true[:, :-1])
         chosen = self.chosen(given, true)
-        other = np.stack([self.inputs(Asked(row, flip)) for row, flip in zip(rows, flips, strict=True)])
-        blind = self.contender.logprobs(other[:, :-1])
         agree = AGREE[self.submission.precision]
-        for n, (row, flip) in enumerate(zip(rows, flips, strict=True)):
+        for n, row in enumerate(rows):
             far = np.abs(chosen[n, row.first :] - self.ledger.scores[row.new]).max()
             self.sheet.see(
                 4,
                 far <= agree,
                 f"score() and logprobs() of row {row.start} differ by {far:.2e} nats, {agree:g} allowed",
             )
+        flips = {n: self.flip_of(row) for n, row in enumerate(rows) if row in hidden}
+        if not flips:
+            return
+        others = [Asked(row, flips.get(n, -1)) for n, row in enumerate(rows)]  # alike in shape
+        blind = self.contender.logprobs(np.stack([self.inputs(asked) for asked in others])[:, :-1])
+        for n, flip in flips.items():
             far = float(np.abs(blind[n, flip] - given[n, flip]).max())
-            self.differ(2, far, f"with another target, the distribution before it in row {row.start} moves")
+            self.differ(2, far, f"with another target, the distribution before it in row {rows[n].start} moves")
 
     def reveal(self, rows: list[Row]) -> None:
         """Give a scorer that adapts the targets that were just committed."""

@@ -40,7 +40,7 @@ def alone(source: str, folder, corpus, **environment: str) -> subprocess.Complet
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["counted", "source"])
+@pytest.mark.parametrize("kind", [pytest.param("counted", marks=pytest.mark.slow), "source"])
 def test_the_bundle_trains_as_the_checkout_does_bit_for_bit(checkout, corpus, tmp_path, kind):
     path = checkout / ("train_gpt.py" if kind == "counted" else "source/train_gpt.py")
     done = alone(path.read_text(), tmp_path / "empty", corpus)

@@ -130,6 +130,7 @@ def test_unpack_and_pack(trained, tmp_path):
     assert again.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_referee_gives_the_recorded_score_again(trained, corpus):
     folder, _ = trained
     done = run("eval_bpb.py", folder, "--data", corpus, "--json")
@@ -153,6 +154,7 @@ def test_the_model_writes(trained):
     assert run("eval_bpb.py", "sample", folder, "--temperature", -1).returncode == 2
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_artifact(trained, corpus, tmp_path):
     folder, _ = trained
     done = run("train_gpt.py", "smoke", *TINY, "--run.max-steps", 30, "--run.data", corpus, "--run.runs", tmp_path)
@@ -185,6 +187,7 @@ def launch(ranks: int, *words: object) -> subprocess.CompletedProcess:
     return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train_gpt.py", *words)
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_together_at_the_cap_and_rank_zero_finishes(corpus, tmp_path):
     done = launch(2, "smoke", *TINY, "--run.cap", 4, "--run.data", corpus, "--run.runs", tmp_path)
     assert done.returncode == 0, done.stderr
