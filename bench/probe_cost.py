@@ -18,7 +18,7 @@ import eval_bpb
 from golf import submission, validation
 from golf.contender import Contender, Limits
 from golf.judging import FULL_SHARE, MOST_PROBES, PROBE_SHARE, SCORED_TOKENS
-from golf.recheck import FRESH_ROWS
+from golf.recheck import AT_A_TIME, FRESH_ROWS
 
 CONTEST_TARGETS = 62_021_845
 
@@ -57,7 +57,9 @@ def main() -> None:
         f"{blind} rows shown blind": blind * each["score"],
         f"{full} rows in full, a quarter of them twice": 1.25 * full * each["logprobs"],
         "a row asked again, with others": 2 * slots * each["score"],
-        f"a fresh process, {FRESH_ROWS} rows twice among {slots} and alone": 2 * FRESH_ROWS * slots * each["score"],
+        f"a fresh process, {FRESH_ROWS} rows twice among {slots} and alone": FRESH_ROWS
+        * (2 * slots / AT_A_TIME + 1)
+        * each["score"],
     }
     whole = rows * each["score"]
     print(

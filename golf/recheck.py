@@ -11,7 +11,7 @@ from golf.judging import AGREE, BATCH_MEAN, SAME, Referee
 from golf.rows import Asked, Row, chunks
 
 RELOAD = 1e-6  # relative, between the recorded score and a fresh process's
-FRESH_ROWS = 12
+FRESH_ROWS, AT_A_TIME = 12, 4
 
 
 def fresh_process(referee: Referee, folder: Path, limits: Limits, hidden: Path | None) -> str:
@@ -35,23 +35,30 @@ def fresh_process(referee: Referee, folder: Path, limits: Limits, hidden: Path |
         if submission.adapts:
             fresh.reset()
         precise = SAME[submission.content_shapes]
-        for row in picked:  # first without what follows, which this process has never seen
-            flip = referee.flip_of(row)
-            batch = fill(referee, row, rows, slots, Asked(row, flip))
-            scores, _ = referee.ask(batch, fresh)
-            far = np.abs(scores[0, row.first : flip] - ledger.scores[row.new][: flip - row.first]).max(initial=0.0)
-            agree = AGREE[submission.precision] if far > precise else precise
-            sheet.see(1, far <= agree, f"a process that never saw the rest scores row {row.start} {far:.2e} nats off")
+        size = min(AT_A_TIME, slots)
+        groups = [picked[at : at + size] for at in range(0, len(picked), size)]
+        for group in groups:  # first without what follows, which this process has never seen
+            blind = [Asked(row, referee.flip_of(row)) for row in group]
+            scores, _ = referee.ask(fill(referee, rows, slots, blind), fresh)
+            for n, (row, asked) in enumerate(zip(group, blind, strict=True)):
+                known = ledger.scores[row.new][: asked.flip - row.first]
+                far = np.abs(scores[n, row.first : asked.flip] - known).max(initial=0.0)
+                agree = AGREE[submission.precision] if far > precise else precise
+                sheet.see(
+                    1, far <= agree, f"a process that never saw the rest scores row {row.start} {far:.2e} nats off"
+                )
         nats = recorded = worst = 0.0
-        for row in picked:
-            scores, _ = referee.ask(fill(referee, row, rows, slots, Asked(row)), fresh)
-            nats += float(scores[0, row.first :].sum(dtype=np.float64))
-            recorded += float(ledger.scores[row.new].sum(dtype=np.float64))
-            worst = max(worst, float(np.abs(scores[0, row.first :] - ledger.scores[row.new]).max()))
-            alone, _ = referee.ask([Asked(row)], fresh)
-            mean = float(np.abs(alone[0] - scores[0])[row.first :].mean())
-            most = BATCH_MEAN[submission.precision]
-            sheet.see(14, mean <= most, f"row {row.start} alone scores {mean:.1e} nats differently on average")
+        for group in groups:
+            scores, _ = referee.ask(fill(referee, rows, slots, [Asked(row) for row in group]), fresh)
+            for n, row in enumerate(group):
+                given, known = scores[n, row.first :], ledger.scores[row.new]
+                nats += float(given.sum(dtype=np.float64))
+                recorded += float(known.sum(dtype=np.float64))
+                worst = max(worst, float(np.abs(given - known).max()))
+                alone, _ = referee.ask([Asked(row)], fresh)
+                mean = float(np.abs(alone[0, row.first :] - given).mean())
+                most = BATCH_MEAN[submission.precision]
+                sheet.see(14, mean <= most, f"row {row.start} alone scores {mean:.1e} nats differently on average")
         off = abs(nats - recorded) / max(abs(recorded), 1e-9)
         sheet.see(16, off <= max(RELOAD, precise), f"a fresh process scores {len(picked)} rows {off:.1e} differently")
         sheet.note(16, f"{len(picked)} rows, relative difference {off:.1e}")
@@ -92,10 +99,10 @@ def independence(referee: Referee, fresh: Contender, rows: list[Row]) -> str:
     return f"{np.mean(moved):.1e} nats a target on average in {count} rows, {max(moved):.1e} in the worst"
 
 
-def fill(referee: Referee, row: Row, rows: list[Row], slots: int, asked: Asked) -> list[Asked]:
-    """A batch of the usual shape with a row in front."""
-    others = [rows[int(n)] for n in referee.rng.integers(len(rows), size=slots - 1)]
-    return [asked, *(Asked(other, referee.flip_of(other), False) for other in others)]
+def fill(referee: Referee, rows: list[Row], slots: int, asked: list[Asked]) -> list[Asked]:
+    """A batch of the usual shape with these rows in front."""
+    others = [rows[int(n)] for n in referee.rng.integers(len(rows), size=slots - len(asked))]
+    return [*asked, *(Asked(other, referee.flip_of(other), False) for other in others)]
 
 
 def adapted_only_later(referee: Referee, fresh: Contender, stretches: list[list[Row]]) -> None:
