@@ -110,7 +110,9 @@ class PlainTrainer:
         torch.manual_seed(1)
         self.config, self.stream, self.at = config, stream, 0
         self.model = Model(config.shape, config.recipe.qk_gain)
-        matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and n.startswith("blocks") and min(p.shape) > 2]
+        matrices = [
+            p for n, p in self.model.named_parameters() if p.ndim == 2 and n.startswith("blocks") and min(p.shape) > 2
+        ]
         inside = {id(p) for p in matrices}
         self.muon = PlainMuon(matrices, config.recipe.momentum)
         rest = [p for p in self.model.parameters() if id(p) not in inside]

@@ -306,7 +306,7 @@ class RecurrentGPT(nn.Module):
             if layer in pops:
                 x = x + self.skip_weight[self.skip_rows[row]].to(dtype) * pushed.pop()
             if shape.pass_signal and shape.passes(block) > 1:
-                x = x + (self.wave(passes[block], x) @ self.pass_signal).to(dtype)
+                x = x + (self.wave(passes[block], x).to(self.pass_signal) @ self.pass_signal).to(dtype)
             passes[block] += 1
             x = self.blocks[block](
                 x, x0, cos, sin, self.attn_scale[row], self.mlp_scale[row], self.resid_mix[row], self.qk_gain[row],

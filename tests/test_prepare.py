@@ -123,7 +123,9 @@ def test_a_share_is_held_out_beside_the_files_given_and_paths_are_trained_on_mor
     prepare.prepare(source, tmp_path / "out", prepare.Options(vocab_size=512, hold_out=True))
     train, held_out = texts_of(tmp_path / "out", "train"), set(texts_of(tmp_path / "out", "val"))
     assert set(texts[2::3][:50]) < held_out and not held_out & set(train)
-    times = {name: Counter(t for t in train if t in set(part)) for name, part in (("a", texts[0::3]), ("b", texts[1::3]))}
+    times = {
+        name: Counter(t for t in train if t in set(part)) for name, part in (("a", texts[0::3]), ("b", texts[1::3]))
+    }
     once = {name: sum(t not in held_out for t in set(part)) for name, part in (("a", texts[0::3]), ("b", texts[1::3]))}
     assert set(times["a"].values()) == {2, 3} and times["a"].total() == pytest.approx(2.5 * once["a"], rel=0.05)
     assert set(times["b"].values()) == {1} and times["b"].total() == pytest.approx(0.5 * once["b"], rel=0.1)
