@@ -14,7 +14,6 @@ from golf.machine import Machine
 from golf.model import RecurrentGPT
 from golf.quantize import Sensitivity
 
-
 TABLES = ("embedding", "bigram", "value_table")  # whose rows are looked up
 
 

@@ -30,7 +30,7 @@ class CappedCrossEntropy(torch.autograd.Function):
     """Mean nats a target; the logits of all positions never exist at once, and backward only scales."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, part) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, part) -> Tensor:
         flat, wanted, narrow = x.detach().flatten(0, -2), targets.flatten(), weight.detach().to(x.dtype)
         loss = torch.zeros((), device=x.device)
         to_x, to_weight = torch.empty_like(flat), torch.zeros_like(weight)
@@ -43,12 +43,12 @@ class CappedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:  # noqa: ANN001
+    def backward(ctx, gradient: Tensor) -> tuple:
         to_x, to_weight = ctx.saved_tensors
         return to_x * gradient.to(to_x.dtype), to_weight * gradient, None, None, None
 
 
-def capped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float, part=chunk_of) -> Tensor:  # noqa: ANN001
+def capped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float, part=chunk_of) -> Tensor:
     """x (B, T, D), weight (V, D), targets (B, T) -> mean nats a target. `part` is chunk_of, compiled or not.
 
     The softcap is Gemma 2's, the one pass over chunks follows Liger's fused linear cross-entropy (Hsu et al. 2024).
