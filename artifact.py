@@ -26,10 +26,10 @@ from tyro.conf import Positional, arg
 from golf import bundle, folders, records
 from golf.checkpoint import read_sensitivities, read_tensors, write_weights
 from golf.codec import encode, load_artifact, read_header, with_note
-from golf.config import TRACKS, Config, Pack, Scoring, UsageError, check_pack, check_scoring
+from golf.config import TRACKS, Config, Pack, Run, Scoring, UsageError, check_pack, check_scoring
 from golf.console import parse, run_script
 from golf.files import write_bytes
-from golf.presets import PRESETS
+from golf.presets import PRESETS, flags_of
 from golf.quantize import quantize
 
 
@@ -154,17 +154,10 @@ def golden_difference(config: Config, source: str, data: Path, steps: int = 20) 
             golden = bundle.packed(bundle.minified(golden))
         (here / "train_gpt.py").write_text(golden, "utf-8")
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"DATA_PATH": str(data.resolve())}
-        flags = [
-            "--run.data",
-            str(data.resolve()),
-            "--run.max-steps",
-            str(steps),
-            "--run.runs",
-            place,
-            "--run.name",
-            "checkout",
-        ]
-        checkout = [str(bundle.ROOT / "train_gpt.py"), config.preset, *flags, "--run.no-judge"]
+        own = ["--run.data", run.data, "--run.max-steps", str(steps), "--run.runs", place, "--run.name", "checkout"]
+        place_free = {name: getattr(Run(), name) for name in ("data", "name", "runs", "max_steps", "checkpoint")}
+        same = flags_of(replace(config, run=replace(config.run, **place_free)))
+        checkout = [str(bundle.ROOT / "train_gpt.py"), config.preset, *same, *own, "--run.no-judge"]
         for command in (["-I", str(here / "train_gpt.py")], checkout):
             done = subprocess.run(
                 [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=here, check=False

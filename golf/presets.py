@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from golf.config import Config, Pack, Recipe, Run, Shape, require
 from golf.console import parse
@@ -105,3 +105,16 @@ def about(config: Config) -> str:
         f"{config.track}: {shape.unique_layers} unique, {shape.effective_layers} effective layers, "
         f"width {shape.width}, vocabulary {shape.vocab_size}"
     )
+
+
+def flags_of(config: Config) -> list[str]:
+    """The command-line flags that turn the configuration's preset into it."""
+    flags = []
+    for part in ("shape", "recipe", "pack", "scoring", "run"):
+        ours, usual = getattr(config, part), getattr(PRESETS[config.preset], part)
+        for field in fields(ours):
+            value, name = getattr(ours, field.name), field.name.replace("_", "-")
+            if value != getattr(usual, field.name):
+                plain = [f"--{part}.{name}", str(value)]
+                flags += [f"--{part}.{'' if value else 'no-'}{name}"] if isinstance(value, bool) else plain
+    return flags

@@ -7,7 +7,7 @@ import pytest
 
 from golf.config import TRACKS, Config, Recipe, Run, Shape, UsageError, check_shape, shape_from_dict
 from golf.model import RecurrentGPT
-from golf.presets import PRESETS
+from golf.presets import PRESETS, flags_of, parse_command_line
 
 
 def test_baseline_has_the_published_number_of_parameters():
@@ -119,3 +119,13 @@ def test_every_option_of_shape_and_recipe_has_a_reason_or_a_plain_name():
         for f in fields(kind):
             after = source.split(f"    {f.name}:", 1)[1].split("\n", 2)[1]
             assert f.name in plain or after.strip().startswith('"""'), f"{kind.__name__}.{f.name} is not explained"
+
+
+def test_flags_give_the_configuration_back():
+    words = "--shape.no-skips --shape.width 96 --recipe.row-normalize --recipe.loader sequential"
+    packing = "--run.seed 3 --run.name x --pack.matrix-step 0.4 --pack.embed-step 0.2 --scoring.stride 64"
+    config = parse_command_line(["laptop", *words.split(), *packing.split()], "test")
+    flags = flags_of(config)
+    assert parse_command_line(["laptop", *flags], "test") == config
+    assert "--recipe.row-normalize" not in flags and "--shape.no-skips" in flags  # the first is the preset's own
+    assert flags_of(PRESETS["baseline"]) == []
