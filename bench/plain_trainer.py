@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from golf.config import Config, Shape
+from golf.config import Config
 from golf.data import TokenStream
+from golf.shape import Shape
 
 
 class Attention(nn.Module):

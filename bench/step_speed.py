@@ -106,7 +106,8 @@ def main() -> None:
     for width in map(int, arguments.widths.split(",")):
         heads = max(1, width // 64)
         shape = replace(
-            preset.shape, width=width, heads=heads, kv_heads=1 if heads % 2 else heads // 2, vocab_size=corpus.vocab_size
+            preset.shape, width=width, heads=heads, kv_heads=1 if heads % 2 else heads // 2,
+            vocab_size=corpus.vocab_size,
         )  # fmt: skip
         config = replace(preset, shape=shape).check()
         found.append(compare(config, TokenStream(corpus.shards("train")), arguments.rounds))

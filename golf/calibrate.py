@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golf.config import Config, tensor_class
+from golf.config import Config
 from golf.machine import Machine
 from golf.model import RecurrentGPT
 from golf.quantize import Sensitivity
+from golf.shape import tensor_class
 
 TABLES = ("embedding", "bigram", "value_table")  # whose rows are looked up
 

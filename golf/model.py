@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from golf.config import BOS, GATE_CHANNELS, PASS_WAVES, Recipe, Shape
+from golf.config import Recipe
+from golf.shape import BOS, GATE_CHANNELS, PASS_WAVES, Shape
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Optimisers for several ranks whose communication runs beside the arithmetic: each rank owns a part of every bank.
 
-Gradients of a bank (all matrices of a shape) are reduce-scattered, the owner updates momentum and orthogonalises, and the
-updates are gathered while the next bank is worked on; parallel Muon of the contest's records (#399, #1523).
+Gradients of a bank (all matrices of a shape) are reduce-scattered, the owner updates momentum and orthogonalises, and
+the updates are gathered while the next bank is worked on; parallel Muon of the contest's records (#399, #1523).
 """
 
 from __future__ import annotations

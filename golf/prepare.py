@@ -24,10 +24,11 @@ import zstandard
 
 from golf import contest, sources
 from golf.bpb import SPACE, ByteTable
-from golf.config import BOS, UsageError
+from golf.config import UsageError
 from golf.console import Stage, parse, run_script
 from golf.data import complete, write_shard
 from golf.files import write_bytes
+from golf.shape import BOS
 from golf.sources import Source
 from golf.spool import Spool, split
 

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.average import WeightAverage
-from golf.config import BOS, Config, Recipe, Shape, UsageError
+from golf.config import Config, Recipe, UsageError
 from golf.data import TokenStream, batches, coprime_stride
 from golf.loss import capped_cross_entropy
 from golf.machine import graphs
 from golf.model import RecurrentGPT, exclude_own
+from golf.shape import BOS, Shape
 
 SHAPE = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=3)
 OPTIONS = [
