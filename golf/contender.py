@@ -89,6 +89,7 @@ def installation() -> list[str]:
     """Paths of the interpreter, its libraries and the system's."""
     executable = Path(sys.executable)
     own = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, str(executable.resolve().parent.parent)}
+    own |= {os.path.realpath(path) for path in own}  # an environment may be a link to a folder elsewhere
     found: list[str] = []
     for path in sorted({*own, *SYSTEM}, key=lambda p: (len(p), p)):
         if os.path.exists(path) and not any(path.startswith(f + "/") for f in found):

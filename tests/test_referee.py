@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import textwrap
 import time
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import run, unpacked
+from conftest import ROOT, run, unpacked
 
 import eval_bpb
 from golf import contender, folders
@@ -55,6 +57,14 @@ def test_a_uniform_scorer_costs_the_logarithm_of_its_vocabulary(tmp_path, corpus
     assert (verdict["val_tokens"], verdict["val_bytes"]) == (tokens - 1, text)
     assert verdict["val_loss"] == pytest.approx(math.log(512), rel=1e-6)
     assert verdict["val_bpb"] == pytest.approx(9 * (tokens - 1) / text, rel=1e-6)
+
+
+def test_an_environment_that_is_a_link_is_seen_from_inside(tmp_path, corpus):
+    (tmp_path / "link").symlink_to(sys.prefix)
+    folder = submission(tmp_path / "uniform", corpus, UNIFORM)
+    command = [tmp_path / "link/bin/python", ROOT / "eval_bpb.py", folder, "--data", corpus]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_target_is_asked_for_once_and_in_order(tmp_path, corpus):
