@@ -89,7 +89,11 @@ def installation() -> list[str]:
     """Paths of the interpreter, its libraries and the system's."""
     executable = Path(sys.executable)
     own = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, str(executable.resolve().parent.parent)}
-    own |= {os.path.realpath(path) for path in own}  # an environment may be a link to a folder elsewhere
+    for path in list(own):  # an environment may be a link to a folder elsewhere, over further links
+        while os.path.islink(path):
+            path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
+            own.add(path)
+        own.add(os.path.realpath(path))
     found: list[str] = []
     for path in sorted({*own, *SYSTEM}, key=lambda p: (len(p), p)):
         if os.path.exists(path) and not any(path.startswith(f + "/") for f in found):
