@@ -36,6 +36,7 @@ test-all: .venv/.installed
 
 bench: .venv/.installed
 	$(PY) bench/train_speed.py
+	$(PY) bench/step_speed.py
 	$(PY) bench/prepare_speed.py
 	$(PY) bench/start_speed.py
 
