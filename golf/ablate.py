@@ -151,11 +151,11 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
     config = configuration(plan, variant, seed)
     with tempfile.TemporaryDirectory(prefix="golf-ablate-") as place:
         words = [plan.preset, *plan.flags, *plan.variants[variant], *budget_flags(plan, config)]
-        words += ["--run.seed", str(seed), "--run.data", plan.data, "--run.runs", place, "--run.name", "run"]
-        words += [] if plan.judge else ["--run.no-judge"]
+        words += ["--run.seed", str(seed), "--run.data", plan.data]
+        here = ["--run.runs", place, "--run.name", "run", *([] if plan.judge else ["--run.no-judge"])]
         began = time.time()
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train_gpt.py"), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, str(ROOT / "train_gpt.py"), *words, *here], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, cwd=ROOT,
         )  # fmt: skip
         if cpus and hasattr(os, "sched_setaffinity"):
