@@ -155,8 +155,8 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
         here = ["--run.runs", place, "--run.name", "run", *([] if plan.judge else ["--run.no-judge"])]
         began = time.time()
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train_gpt.py"), *words, *here], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, cwd=ROOT,
+            [sys.executable, str(ROOT / "train_gpt.py"), *words, *here], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )  # fmt: skip
         if cpus and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(process.pid, cpus)
