@@ -14,11 +14,14 @@ laptop: .venv/.installed
 
 # Development only: real text from the folder that YARDSTICK_DATA names.
 YARDSTICK_TRAIN := openwebtext_val wikipedia_passages genres_nltk english_novels
+YARDSTICK_FILES = $(YARDSTICK_TRAIN:%=$(YARDSTICK_DATA)/%.jsonl.zst) \
+	--tokenizer $(YARDSTICK_DATA)/tokenizers/fineweb_1024_bpe.model.zst --cut 8000
 yardstick: .venv/.installed
 ifneq ($(wildcard $(YARDSTICK_DATA)/fineweb_val_prefix.jsonl.zst),)
-	$(PY) -m golf.prepare files $(YARDSTICK_TRAIN:%=$(YARDSTICK_DATA)/%.jsonl.zst) \
-		--validation $(YARDSTICK_DATA)/fineweb_val_prefix.jsonl.zst \
-		--tokenizer $(YARDSTICK_DATA)/tokenizers/fineweb_1024_bpe.model.zst --cut 8000 --name yardstick
+	$(PY) -m golf.prepare files $(YARDSTICK_FILES) \
+		--validation $(YARDSTICK_DATA)/fineweb_val_prefix.jsonl.zst --name yardstick
+	$(PY) -m golf.prepare files $(YARDSTICK_FILES) \
+		--validation $(YARDSTICK_DATA)/fineweb_docs_sample.jsonl.zst --hold-out --name development
 else
 	@echo "YARDSTICK_DATA names no folder with the yardstick's text; nothing to do."
 endif
@@ -33,6 +36,7 @@ test-all: .venv/.installed
 
 bench: .venv/.installed
 	$(PY) bench/train_speed.py
+	$(PY) bench/step_speed.py
 	$(PY) bench/prepare_speed.py
 	$(PY) bench/start_speed.py
 

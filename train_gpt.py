@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from golf.average import WeightAverage
 from golf.bpb import Score, windows
 from golf.calibrate import calibrate, rehearse
 from golf.clock import Clock, StepCounter
@@ -139,6 +140,14 @@ def validate(
     return Score(nats, int(count), text_bytes)
 
 
+def loops_at(config: Config, progress: float, step: int) -> int:
+    """Passes through the core at a step, the same on every rank."""
+    loops = config.shape.loops if progress >= config.recipe.loops_from else 1
+    if config.recipe.random_loops and loops > 1:
+        loops = int(np.random.default_rng([config.run.seed, step]).integers(1, loops + 1))
+    return loops
+
+
 def train(
     config: Config, corpus: Corpus, machine: Machine, interrupt: Interrupt, report: Callable[[dict], None]
 ) -> Result:
@@ -161,14 +170,22 @@ def train(
     rollback, noise = Rollback(result), GridNoise(model, config)
     timed = Clock(config.train_seconds, min(reserve, config.train_seconds / 2), machine.largest, machine.now)
     clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
-    source = batches(
-        stream, recipe.batch_tokens, recipe.sequence_length, recipe.loader, machine.rank, machine.world, micro_rows
-    )
+    average = WeightAverage(model, recipe.average)
+
+    def source_from(length: int, step: int) -> Iterator:
+        rows = micro_rows * recipe.sequence_length // length
+        return batches(stream, recipe.batch_tokens, length, recipe.loader, machine.rank, machine.world, rows, step)
+
+    length = recipe.length_at(0.0)
+    source = source_from(length, 0)
     while (progress := clock.begin_step()) is not None:
         if machine.largest(interrupt.asked):
             result.status, result.reason = "interrupted", "asked to stop"
             break
-        loops = shape.loops if progress >= recipe.loops_from else 1
+        loops = loops_at(config, progress, result.steps)
+        if recipe.length_at(progress) != length:
+            length = recipe.sequence_length
+            source = source_from(length, result.steps)
         optimizers.zero_grad()
         with noise.added(progress):
             local_loss = accumulate(model, next(source), machine, loops)
@@ -184,6 +201,7 @@ def train(
             break
         rollback.remember()
         optimizers.step(progress)
+        average.follow(progress)
         seconds = clock.end_step()
         if clock.late:
             report({"event": "late", "step": result.steps + 1, "elapsed": round(clock.elapsed(), 3)})
@@ -205,6 +223,8 @@ def train(
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         result.status, result.reason = "crash", f"weights not finite after step {result.steps}"
         rollback.take_back()
+    if result.steps and result.status != "crash":
+        average.install()
     report({
         "event": "trained", "status": result.status, "reason": result.reason, "steps": result.steps,
         "tokens": result.tokens, "train_seconds": round(result.train_seconds, 3), "left_out": round(clock.left_out, 3),

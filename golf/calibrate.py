@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golf.config import Config, tensor_class
+from golf.config import Config
 from golf.machine import Machine
 from golf.model import RecurrentGPT
 from golf.quantize import Sensitivity
+from golf.shape import tensor_class
+
+TABLES = ("embedding", "bigram", "value_table")  # whose rows are looked up
 
 
 class Collector:
@@ -25,9 +28,11 @@ class Collector:
             for name, p in model.named_parameters()
             if tensor_class(name) != "control"
         }
-        self.rows = torch.zeros(model.shape.vocab_size, device=model.embedding.device)
+        self.rows = {
+            name: torch.zeros(p.shape[0], device=p.device) for name, p in model.named_parameters() if name in TABLES
+        }
         self.tokens = self.batches = 0
-        model.tap = self.embedding
+        model.tap = self.top
         for index, block in enumerate(model.blocks):
             block.tap = partial(self.matrix, f"blocks.{index}.")
 
@@ -35,9 +40,11 @@ class Collector:
         """Note a matrix's inputs; its outputs' gradients add to the sums when they come."""
         y.register_hook(partial(self.add, prefix + role, x.detach()))
 
-    def embedding(self, use: str, x: Tensor, y: Tensor) -> None:
-        """The tied embedding: as a matrix at the head, and as rows looked up at the start."""
-        y.register_hook(partial(self.add_lookup if use == "lookup" else self.add_head, x.detach()))
+    def top(self, use: str, x: Tensor, y: Tensor) -> None:
+        """What is no block's: the tied embedding as a matrix at the head, tables' rows looked up, projections."""
+        name = {"head": "embedding", "lookup": "embedding"}.get(use, use)
+        add = self.add_head if use == "head" else partial(self.add_lookup if name in TABLES else self.add, name)
+        y.register_hook(partial(add, x.detach()))
 
     def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Sum over tokens of |g|^2 / R x x'; of a mean loss's gradient, so `finish` multiplies by the tokens."""
@@ -48,12 +55,14 @@ class Collector:
     def add_head(self, x: Tensor, gradient: Tensor) -> None:
         self.add("embedding", x, gradient)
         x = x.flatten(0, -2).float()
-        self.rows += (gradient.flatten(0, -2).float().square().mT @ x.square().mean(dim=1, keepdim=True))[:, 0]
+        self.rows["embedding"] += (
+            gradient.flatten(0, -2).float().square().mT @ x.square().mean(dim=1, keepdim=True)
+        )[:, 0]  # fmt: skip
 
-    def add_lookup(self, tokens: Tensor, gradient: Tensor) -> None:
+    def add_lookup(self, name: str, rows: Tensor, gradient: Tensor) -> None:
         weight = gradient.flatten(0, -2).float().square().mean(dim=1)
-        self.rows.index_add_(0, tokens.flatten(), weight)
-        self.sums["embedding"].diagonal().add_(weight.sum() / self.rows.numel())
+        self.rows[name].index_add_(0, rows.flatten(), weight)
+        self.sums[name].diagonal().add_(weight.sum() / self.rows[name].numel())
 
     def batch(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> None:
         """Forward and backward over one batch (B, T) at full depth; the parameters' own gradients are dropped."""
@@ -74,10 +83,11 @@ class Collector:
         for name, hessian in self.sums.items():
             machine.add_up(hessian)
             rows = np.ones(self.model.get_parameter(name).shape[0])
+            if name in TABLES:
+                machine.add_up(self.rows[name])
+                rows = self.rows[name].double().cpu().numpy()
+                rows /= max(rows.mean(), 1e-300)
             found[name] = Sensitivity(hessian.double().cpu().numpy() * scale, rows)
-        machine.add_up(self.rows)
-        rows = self.rows.double().cpu().numpy()
-        found["embedding"] = Sensitivity(found["embedding"].hessian, rows / max(rows.mean(), 1e-300))
         return found
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from golf.config import Shape, UsageError, shape_from_dict
+from golf.config import UsageError, shape_from_dict
 from golf.files import write_bytes
 from golf.quantize import Sensitivity
+from golf.shape import Shape
 
 
 def write_weights(path: Path, shape: Shape, weights: dict[str, np.ndarray]) -> None:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from golf.config import Shape, UsageError, shape_from_dict
+from golf.config import UsageError, shape_from_dict
 from golf.entropy import SCALE_ONE, Reader, put_following, put_static, take_following, take_static
 from golf.grid import CODE_LIMIT, NOTCH, OCTAVE, Grid, as_matrix, step_of
 from golf.rans import CodedDataError, Decoder, Encoder, lane_count
 from golf.reference import put_linked, take_linked
+from golf.shape import Shape
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFPACK", 2
 PREFIX = struct.Struct("<8sI32sI")  # magic, version, sha256, header length

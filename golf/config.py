@@ -10,159 +10,11 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
-BOS = 1  # the piece that opens a document, in shards and in rows
-
-# How the artifact stores a parameter, by the last part of its name.
-TENSOR_CLASSES = {
-    "embedding": "embed", "query": "matrix", "key": "matrix", "value": "matrix", "out": "matrix", "up": "matrix",
-    "down": "matrix", "attn_scale": "control", "mlp_scale": "control", "resid_mix": "control", "qk_gain": "control",
-    "skip_weight": "control",
-}  # fmt: skip
+from golf.shape import Shape
 
 
 class UsageError(Exception):
     """A user's mistake: one sentence that names the option, its value and the way out. Scripts exit 2 on it."""
-
-
-def tensor_class(name: str) -> str:
-    """Which codec rule a parameter has: embed, matrix or control. Raises ValueError with its name when none."""
-    kind = TENSOR_CLASSES.get(name.rsplit(".", 1)[-1])
-    if kind is None:
-        raise ValueError(f"parameter {name!r} has no codec rule")
-    return kind
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The model's architecture; together with the grid widths it decides the artifact's bytes."""
-
-    vocab_size: int = 1024
-    """Pieces of the tokenizer."""
-    width: int = 512
-    """Channels of the residual stream."""
-    heads: int = 8
-    """Query heads; width / heads is the head size."""
-    kv_heads: int = 4
-    """Key and value heads, shared by groups of query heads."""
-    mlp_ratio: float = 2.0
-    """Hidden width of the MLP over the model's width."""
-    prelude: int = 0
-    """Unique blocks before the core."""
-    core: int = 9
-    """Unique blocks that run `loops` times in a row."""
-    coda: int = 0
-    """Unique blocks after the core."""
-    loops: int = 1
-    """Passes through the core."""
-    rope_base: float = 10000.0
-    """Base of the rotary position angles."""
-    softcap: float = 30.0
-    """Logits are softcap * tanh(logits / softcap)."""
-    skips: bool = True
-    """U-Net skips over the effective layers: the first half pushes, the second half pops."""
-    pass_scalars: bool = False
-    """Give every pass of a shared block its own scales, mixes, gains and skip weights (a few kB)."""
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def kv_width(self) -> int:
-        return self.kv_heads * self.head_size
-
-    @property
-    def mlp_width(self) -> int:
-        return round(self.mlp_ratio * self.width)
-
-    @property
-    def unique_layers(self) -> int:
-        return self.prelude + self.core + self.coda
-
-    def order(self, loops: int | None = None) -> tuple[int, ...]:
-        """Index of the unique block that runs at each effective layer, the core repeated `loops` times."""
-        middle = tuple(range(self.prelude, self.prelude + self.core)) * (self.loops if loops is None else loops)
-        return (*range(self.prelude), *middle, *range(self.prelude + self.core, self.unique_layers))
-
-    @property
-    def effective_layers(self) -> int:
-        return len(self.order())
-
-    def passes(self, block: int) -> int:
-        """How many times unique block `block` runs."""
-        return self.order().count(block)
-
-    @property
-    def control_rows(self) -> int:
-        """Rows of each bank of control vectors: one a unique block, or one a block and pass."""
-        return self.effective_layers if self.pass_scalars else self.unique_layers
-
-    def layers(self, loops: int | None = None) -> list[tuple[int, int]]:
-        """(unique block, its row in the banks of control vectors) of each effective layer.
-
-        With pass_scalars a row belongs to a block and a pass, whatever the number of loops; passes beyond the shape's
-        own share the last one's row.
-        """
-        passes = [0] * self.unique_layers
-        out = []
-        for block in self.order(loops):
-            row = block
-            if self.pass_scalars and block >= self.prelude:
-                inside = block < self.prelude + self.core
-                done = min(passes[block], self.loops - 1) if inside else self.loops - 1
-                row = block + done * self.core
-            passes[block] += 1
-            out.append((block, row))
-        return out
-
-    def skip_layers(self, loops: int | None = None) -> range:
-        """Effective layers that pop a skip: the second half, one pop for each push of the first half."""
-        depth = len(self.order(loops))
-        pushes = depth // 2
-        return range(pushes, 2 * pushes) if self.skips else range(0)
-
-    @property
-    def skip_rows(self) -> dict[int, int]:
-        """Row of the skip bank by the control row of the layer that pops.
-
-        A looped shape has a row for every core and coda block, whether or not it pops at this number of loops: the
-        artifact's size does not move with the loops, and loops can be switched on during training.
-        """
-        if not self.skips:
-            return {}
-        keys = {self.layers(1)[layer][1] for layer in self.skip_layers(1)}
-        if self.loops > 1:
-            keys |= set(range(self.prelude, self.control_rows))
-        return {key: row for row, key in enumerate(sorted(keys))}
-
-    def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every stored tensor, in storage order; the last part of a name is its role."""
-        width, hidden = self.width, self.mlp_width
-        table: dict[str, tuple[int, ...]] = {"embedding": (self.vocab_size, width)}
-        for block in range(self.unique_layers):
-            table[f"blocks.{block}.query"] = (width, width)
-            table[f"blocks.{block}.key"] = (self.kv_width, width)
-            table[f"blocks.{block}.value"] = (self.kv_width, width)
-            table[f"blocks.{block}.out"] = (width, width)
-            table[f"blocks.{block}.up"] = (hidden, width)
-            table[f"blocks.{block}.down"] = (width, hidden)
-        rows = self.control_rows
-        table["attn_scale"] = table["mlp_scale"] = (rows, width)
-        table["resid_mix"] = (rows, 2, width)
-        table["qk_gain"] = (rows, self.heads)
-        if self.skip_rows:
-            table["skip_weight"] = (len(self.skip_rows), width)
-        return table
-
-    @property
-    def parameter_count(self) -> int:
-        total = 0
-        for shape in self.parameters().values():
-            size = 1
-            for n in shape:
-                size *= n
-            total += size
-        return total
 
 
 @dataclass(frozen=True)
@@ -173,8 +25,13 @@ class Recipe:
     """Tokens a row."""
     batch_tokens: int = 524_288
     """Tokens a step, over all ranks and micro-batches."""
-    loader: Literal["sequential", "lanes"] = "sequential"
-    """Rows of a batch are neighbours in the text, or each follows a lane of its own through all of it."""
+    loader: Literal["sequential", "lanes", "strided"] = "sequential"
+    """Rows of a batch are neighbours in the text, or each follows a lane of its own through all of it, or they lie a
+    stride apart that visits every row once."""
+    short_length: int = 0
+    """Tokens a row at first, batches as large; 0 is the same length throughout."""
+    short_until: float = 0.5
+    """Fraction of the clock at which rows become long."""
     matrix_rate: float = 0.04
     """Muon's learning rate."""
     embed_rate: float = 0.05
@@ -183,6 +40,8 @@ class Recipe:
     """Adam's learning rate for control vectors."""
     shared_rate: Literal["same", "divided"] = "same"
     """Divide the rate of a shared block's matrices by its passes, or leave it to Muon's normalisation."""
+    random_loops: bool = False
+    """Draw the number of passes anew each step, from 1 to the shape's, once repeats are on."""
     loops_from: float = 0.0
     """Fraction of the clock at which the core's repeats are switched on; before it the core runs once."""
     momentum: float = 0.95
@@ -201,6 +60,10 @@ class Recipe:
     """Decoupled weight decay of the matrices, times the rate."""
     embed_decay: float = 0.0
     """Decoupled weight decay of the embedding, times the rate."""
+    decay_taper: float = 1.0
+    """Share of the matrices' decay that is left at the end; it falls from 0.7 of the clock on."""
+    average: float = 0.0
+    """Share of the clock over which weights are averaged, exponentially, for what is packed; 0 packs the last ones."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
@@ -220,6 +83,18 @@ class Recipe:
     """Standard deviation of the embedding at the start."""
     qk_gain: float = 1.5
     """Start of the learned gain on normalised queries."""
+    matrix_init: Literal["uniform", "orthogonal"] = "uniform"
+    """Start of matrices that do not start at zero."""
+    embed_spectrum: float = 0.0
+    """Give the embedding at the start singular values that fall as this power of their rank; 0 leaves them."""
+
+    def length_at(self, progress: float) -> int:
+        """Tokens a row at `progress` in [0, 1] of the clock."""
+        return self.short_length if self.short_length and progress < self.short_until else self.sequence_length
+
+    def decay_at(self, progress: float) -> float:
+        """The matrices' weight decay at `progress` in [0, 1] of the clock."""
+        return self.matrix_decay * (1 - (1 - self.decay_taper) * max(0.0, (progress - 0.7) / 0.3))
 
     def rate_scale(self, progress: float) -> float:
         """Factor on every learning rate at `progress` in [0, 1] of the clock."""
@@ -431,7 +306,21 @@ def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:
     micro = run.micro_rows
     share = rows // world_size
     require(micro >= 0 and (micro == 0 or share % micro == 0), "run.micro_rows", micro, f"must divide {share} rows")
-    for name in ("loops_from", "noise_from", "momentum_warmup", "warmdown", "rate_floor", "momentum", "momentum_start"):
+    short = recipe.short_length
+    fits = short == 0 or (0 < short < recipe.sequence_length and recipe.sequence_length % short == 0)
+    require(fits, "recipe.short_length", short, f"give a divisor of {recipe.sequence_length}, or 0")
+    for name in (
+        "short_until",
+        "decay_taper",
+        "average",
+        "loops_from",
+        "noise_from",
+        "momentum_warmup",
+        "warmdown",
+        "rate_floor",
+        "momentum",
+        "momentum_start",
+    ):
         value = getattr(recipe, name)
         require(0 <= value <= 1, f"recipe.{name}", value, "give a fraction from 0 to 1")
     for name in ("matrix_rate", "embed_rate", "scalar_rate", "matrix_decay", "embed_decay", "clip_norm", "embed_std",

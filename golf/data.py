@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,6 +152,14 @@ class TokenStream:
         return np.concatenate(parts).astype(np.int64)
 
 
+def coprime_stride(rows: int) -> int:
+    """A stride through so many rows that visits each once, about 0.618 of them: neighbours in time lie far apart."""
+    stride = max(1, round(rows * 0.6180339887))
+    while math.gcd(stride, rows) != 1:
+        stride += 1
+    return stride
+
+
 def batches(
     stream: TokenStream, batch_tokens: int, length: int, loader: str = "sequential", rank: int = 0, world: int = 1,
     micro_rows: int = 0, step: int = 0,
@@ -159,6 +168,7 @@ def batches(
 
     `sequential` takes a batch's rows one after the other from the stream, as the contest's trainer does. `lanes` cuts
     the stream into as many lanes as a batch has rows, and row r continues lane r, so that a batch mixes distant text.
+    `strided` visits all rows of the stream in steps that are coprime to their number, then begins again.
     Rows are dealt to ranks in blocks, so that any world size that divides the rows sees the same batch.
     """
     batch_rows = batch_tokens // length
@@ -168,6 +178,13 @@ def batches(
         numbers = np.arange(rank * rows, (rank + 1) * rows)
         if loader == "lanes":
             starts = numbers * (stream.total // batch_rows) + step * length
+        elif loader == "strided":
+            starts = (
+                (step * batch_rows + numbers)
+                * coprime_stride(stream.total // length)
+                % max(1, stream.total // length)
+                * length
+            )
         else:
             starts = (step * batch_rows + numbers) * length
         tokens = np.stack([stream.read(int(start), length + 1) for start in starts])  # (rows, length + 1)

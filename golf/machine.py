@@ -168,6 +168,17 @@ def accumulate(model: RecurrentGPT, micro: list, machine: Machine, loops: int) -
     return total
 
 
+def graphs(config: Config) -> list[tuple[int, int]]:
+    """(row length, loops) of every graph that training uses, the deepest, which needs most memory, first."""
+    recipe, deepest = config.recipe, config.shape.loops
+    found = set()
+    for progress in (0.0, recipe.short_until, recipe.loops_from, 1.0):
+        loops = deepest if progress >= recipe.loops_from else 1
+        for n in range(1, deepest + 1) if recipe.random_loops and loops > 1 else (loops,):
+            found.add((recipe.length_at(progress), n))
+    return sorted(found, key=lambda graph: (-graph[1], -graph[0]))
+
+
 def warm_up(model: RecurrentGPT, optimizers: Optimizers, config: Config, machine: Machine, micro_rows: int) -> bool:
     """Compile every graph that training will use, on synthetic tokens; weights and optimiser state are restored.
 
@@ -177,9 +188,9 @@ def warm_up(model: RecurrentGPT, optimizers: Optimizers, config: Config, machine
     recipe, shape = config.recipe, config.shape
     saved = [p.detach().clone() for p in model.parameters()]
     row = np.arange(micro_rows * recipe.sequence_length, dtype=np.int64).reshape(micro_rows, -1) % shape.vocab_size
-    depths = {shape.loops} | ({1} if recipe.loops_from > 0 else set())
     failed = 0.0
-    for loops in sorted(depths, reverse=True):  # the deepest, which needs most memory, first
+    for length, loops in graphs(config):
+        row = row.reshape(-1, length)
         for _ in range(2):
             try:
                 optimizers.zero_grad()

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from golf.config import BOS, Recipe, Shape
+from golf.config import Recipe
+from golf.shape import BOS, GATE_CHANNELS, PASS_WAVES, Shape
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Role:
     """What a parameter is: who updates it and how it starts; golf.config says how the artifact stores it."""
 
     optimizer: str  # muon | embed | scalar
-    init: str  # fan_in | zero | one | mix | gain | embed
+    init: str  # fan_in | zero | one | mix | gain | embed | lanes
 
 
 # Every parameter's role, by the last part of its name. The contest's baseline starts its linear layers with
@@ -35,6 +36,14 @@ ROLES = {
     "resid_mix": Role("scalar", "mix"),
     "qk_gain": Role("scalar", "gain"),
     "skip_weight": Role("scalar", "one"),
+    "gate": Role("muon", "fan_in"),
+    "attn_gate": Role("scalar", "zero"),
+    "smear": Role("scalar", "zero"),
+    "pass_signal": Role("scalar", "zero"),
+    "bigram": Role("embed", "embed"),
+    "bigram_out": Role("muon", "zero"),
+    "value_table": Role("embed", "zero"),
+    "lane_mix": Role("scalar", "lanes"),
 }
 
 
@@ -47,9 +56,25 @@ def role_of(name: str) -> Role:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, half-split: x (B, H, T, head), cos and sin (T, head / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Rotary positions, half-split: x (B, H, T, head), cos and sin (T, R / 2); channels beyond R stay as they are."""
+    half = cos.size(-1)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def exclude_own(y: Tensor, v: Tensor) -> Tensor:
+    """y (B, H, T, head) less its part along the own value v (B, KV, T, head) of each position (contest, #265)."""
+    batch, heads, length, size = y.shape
+    own = F.normalize(v, dim=-1).unsqueeze(2)  # (B, KV, 1, T, head)
+    grouped = y.view(batch, v.size(1), heads // v.size(1), length, size)
+    return (grouped - (grouped * own).sum(dim=-1, keepdim=True) * own).view(y.shape)
+
+
+def with_spectrum(weight: Tensor, power: float) -> Tensor:
+    """A matrix of the same singular vectors, whose k-th singular value is the first's times k^-power (contest,
+    03-19_OvertoneInit)."""
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    return u * (s[0] * torch.arange(1, s.numel() + 1) ** -power) @ v
 
 
 # Told of a matrix's input (B, T, C) and output (B, T, R) at each use, when Hessians are collected.
@@ -102,6 +127,7 @@ class Block(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         self.heads, self.kv_heads, self.head_size = shape.heads, shape.kv_heads, shape.head_size
+        self.activation, self.exclusive = shape.activation, shape.exclusive
         self.tap: Tap | None = None
         width, kv_width, hidden = shape.width, shape.kv_width, shape.mlp_width
         self.query = nn.Parameter(torch.empty(width, width))
@@ -109,9 +135,14 @@ class Block(nn.Module):
         self.value = nn.Parameter(torch.empty(kv_width, width))
         self.out = nn.Parameter(torch.empty(width, width))
         self.up = nn.Parameter(torch.empty(hidden, width))
+        if shape.activation == "swiglu":
+            self.gate = nn.Parameter(torch.empty(hidden, width))
         self.down = nn.Parameter(torch.empty(width, hidden))
 
-    def attend(self, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None) -> Tensor:
+    def attend(
+        self, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, attn_gate: Tensor | None,
+        own: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """x (B, T, D) normalised -> (B, T, D)."""
         batch, length, width = x.shape
         kv_width = self.kv_heads * self.head_size
@@ -119,33 +150,62 @@ class Block(nn.Module):
         q, k, v = F.linear(x, weight).split((width, kv_width, kv_width), dim=-1)
         if self.tap:
             self.tap("query", x, q), self.tap("key", x, k), self.tap("value", x, v)
+        if own is not None:
+            v = v + own
         q = q.view(batch, length, self.heads, self.head_size).transpose(1, 2)  # (B, H, T, head)
         k = k.view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
         v = v.view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
         q = rotate(F.rms_norm(q, (self.head_size,)), cos, sin) * gain.to(x.dtype)[:, None, None]
         k = rotate(F.rms_norm(k, (self.head_size,)), cos, sin)
-        y = causal_attention(q, k, v, seen).transpose(1, 2).reshape(batch, length, width)
+        y = causal_attention(q, k, v, seen)
+        if self.exclusive:
+            y = exclude_own(y, v)
+        if attn_gate is not None:
+            opened = 2 * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], attn_gate.to(x.dtype)))  # (B, T, H)
+            y = y * opened.transpose(1, 2)[..., None]
+        y = y.transpose(1, 2).reshape(batch, length, width)
         out = F.linear(y, self.out.to(x.dtype))
         if self.tap:
             self.tap("out", y, out)
         return out
 
-    def forward(
-        self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, attn_scale: Tensor, mlp_scale: Tensor, mix: Tensor,
-        gain: Tensor, seen: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """x, x0 (B, T, D); scales (D,), mix (2, D), gain (H,) -> (B, T, D)."""
-        width = (x.size(-1),)
-        mix = mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        x = x + attn_scale.to(x.dtype) * self.attend(F.rms_norm(x, width), gain, cos, sin, seen)
-        normal = F.rms_norm(x, width)
-        up = F.linear(normal, self.up.to(x.dtype))
-        hidden = F.relu(up).square()
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) normalised -> (B, T, D)."""
+        up = F.linear(x, self.up.to(x.dtype))
+        if self.activation == "swiglu":
+            opened = F.linear(x, self.gate.to(x.dtype))
+            hidden = up * F.silu(opened)
+            if self.tap:
+                self.tap("gate", x, opened)
+        else:
+            hidden = (F.leaky_relu(up, 0.5) if self.activation == "leaky-relu2" else F.relu(up)).square()
         down = F.linear(hidden, self.down.to(x.dtype))
         if self.tap:
-            self.tap("up", normal, up), self.tap("down", hidden, down)
-        return x + mlp_scale.to(x.dtype) * down
+            self.tap("up", x, up), self.tap("down", hidden, down)
+        return down
+
+    def forward(
+        self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, attn_scale: Tensor, mlp_scale: Tensor, mix: Tensor,
+        gain: Tensor, seen: Tensor | None = None, attn_gate: Tensor | None = None, own: Tensor | None = None,
+        lane: Tensor | None = None, lane_mix: Tensor | None = None, depth_scale: float = 1.0,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """x, x0 (B, T, D); scales (D,), mix (2, D), gain (H,), gate (H, GATE_CHANNELS), own (B, T, KV) -> (B, T, D).
+
+        With a second `lane` (B, T, D) attention reads x, the MLP the lane, and both write to both as lane_mix (2, 3)
+        says: the two streams are returned (contest, #1529).
+        """
+        width = (x.size(-1),)
+        mix = mix.to(x.dtype)
+        if lane is None:
+            x = mix[0] * x + mix[1] * x0
+            found = self.attend(F.rms_norm(x, width) * depth_scale, gain, cos, sin, seen, attn_gate, own)
+            x = x + attn_scale.to(x.dtype) * found
+            return x + mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(x, width) * depth_scale)
+        normal = F.rms_norm(mix[0] * x + mix[1] * x0, width) * depth_scale
+        found = attn_scale.to(x.dtype) * self.attend(normal, gain, cos, sin, seen, attn_gate, own)
+        thought = mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(lane, width) * depth_scale)
+        a, b = lane_mix.to(x.dtype)
+        return a[0] * x + a[1] * found + a[2] * thought, b[0] * lane + b[1] * found + b[2] * thought
 
 
 class RecurrentGPT(nn.Module):
@@ -167,6 +227,19 @@ class RecurrentGPT(nn.Module):
         self.qk_gain = nn.Parameter(torch.empty(rows, shape.heads))
         if self.skip_rows:
             self.skip_weight = nn.Parameter(torch.empty(len(self.skip_rows), shape.width))
+        if shape.attn_gate:
+            self.attn_gate = nn.Parameter(torch.empty(rows, shape.heads, GATE_CHANNELS))
+        if shape.smear:
+            self.smear = nn.Parameter(torch.empty(1, GATE_CHANNELS + 1))
+        if shape.pass_signal:
+            self.pass_signal = nn.Parameter(torch.empty(PASS_WAVES, shape.width))
+        if shape.bigram_rows:
+            self.bigram = nn.Parameter(torch.empty(shape.bigram_rows, shape.bigram_width))
+            self.bigram_out = nn.Parameter(torch.empty(shape.width, shape.bigram_width))
+        if shape.value_blocks:
+            self.value_table = nn.Parameter(torch.empty(shape.vocab_size, shape.kv_width))
+        if shape.lanes:
+            self.lane_mix = nn.Parameter(torch.empty(rows, 2, 3))
         self.tap: Tap | None = None
         self.angles: dict[tuple, tuple[Tensor, Tensor]] = {}
         stored = {name: tuple(p.shape) for name, p in self.named_parameters()}
@@ -181,8 +254,14 @@ class RecurrentGPT(nn.Module):
             value = torch.empty(p.shape)
             if rule == "embed":
                 value.normal_(std=recipe.embed_std, generator=generator)
+                if recipe.embed_spectrum and name == "embedding":
+                    value = with_spectrum(value, recipe.embed_spectrum)
+            elif rule == "fan_in" and recipe.matrix_init == "orthogonal":
+                nn.init.orthogonal_(value, generator=generator)
             elif rule == "fan_in":
                 value.uniform_(-(p.shape[1] ** -0.5), p.shape[1] ** -0.5, generator=generator)
+            elif rule == "lanes":
+                value.copy_(torch.tensor([1.1, 1.0, 1.0]))
             elif rule == "mix":
                 value.copy_(torch.tensor([1.0, 0.0])[:, None])
             elif rule in ("zero", "one", "gain"):
@@ -196,7 +275,7 @@ class RecurrentGPT(nn.Module):
         """cos and sin of the position angles, (T, head / 2) each, computed once for each length."""
         key = (length, device, dtype)
         if key not in self.angles:
-            half = self.shape.head_size // 2
+            half = self.shape.rotary_channels // 2
             frequency = self.shape.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
             angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
             self.angles[key] = (angle.cos().to(device, dtype), angle.sin().to(device, dtype))
@@ -213,19 +292,69 @@ class RecurrentGPT(nn.Module):
         found = F.embedding(tokens, self.embedding).to(dtype)
         if self.tap:
             self.tap("lookup", tokens, found)
+        if shape.smear:
+            found = found + self.smeared(tokens, found)
+        if shape.bigram_rows:
+            found = found + self.paired(tokens, dtype)
         x = F.rms_norm(found, (shape.width,))
-        x0, pushed = x, []
-        pops = shape.skip_layers(loops)
-        for layer, (block, row) in enumerate(shape.layers(loops)):
+        x0, lane, pushed = x, None, []
+        own = self.own_values(tokens, dtype) if shape.value_blocks else None
+        layers, pops = shape.layers(loops), shape.skip_layers(loops)
+        passes = [0] * shape.unique_layers
+        for layer, (block, row) in enumerate(layers):
+            if shape.lanes and layer == len(layers) // 2:
+                lane = x
             if layer in pops:
                 x = x + self.skip_weight[self.skip_rows[row]].to(dtype) * pushed.pop()
+            if shape.pass_signal and shape.passes(block) > 1:
+                x = x + (self.wave(passes[block], x).to(self.pass_signal) @ self.pass_signal).to(dtype)
+            passes[block] += 1
             x = self.blocks[block](
                 x, x0, cos, sin, self.attn_scale[row], self.mlp_scale[row], self.resid_mix[row], self.qk_gain[row],
-                seen,
+                seen, self.attn_gate[row] if shape.attn_gate else None,
+                own if block >= shape.unique_layers - shape.value_blocks else None,
+                lane, self.lane_mix[row] if lane is not None else None,
+                (block + 1) ** -0.5 if shape.depth_scale else 1.0,
             )  # fmt: skip
+            if lane is not None:
+                x, lane = x
             if layer < pops.start:
                 pushed.append(x)
+        x = x if lane is None else (x + lane) / 2
         return F.rms_norm(x, (shape.width,))
+
+    def smeared(self, tokens: Tensor, found: Tensor) -> Tensor:
+        """What the piece before adds to each embedding (B, T, D): nothing at the start of a row or a document."""
+        before = F.pad(found, (0, 0, 1, 0))[:, :-1]
+        gate, size = self.smear[:, 1:].to(found.dtype), self.smear[0, 0].to(found.dtype)
+        opened = torch.sigmoid(F.linear(found[..., :GATE_CHANNELS], gate))  # (B, T, 1)
+        return size * opened * before * (tokens != BOS)[..., None]
+
+    def paired(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """What each pair of neighbouring pieces adds (B, T, D), by a hashed row; pairs end at the start of a document
+        (contest, 03-19_smeargate)."""
+        before = F.pad(tokens, (1, 0))[:, :-1]
+        rows = torch.bitwise_xor(tokens * 36313, before * 27191) % (self.shape.bigram_rows - 1)
+        rows[:, 0] = self.shape.bigram_rows - 1
+        rows = rows.masked_fill(tokens == BOS, self.shape.bigram_rows - 1)
+        found = F.embedding(rows, self.bigram).to(dtype)
+        out = F.linear(found, self.bigram_out.to(dtype))
+        if self.tap:
+            self.tap("bigram", rows, found), self.tap("bigram_out", found, out)
+        return out
+
+    def own_values(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T, KV) that each piece adds to its values."""
+        found = F.embedding(tokens, self.value_table).to(dtype)
+        if self.tap:
+            self.tap("value_table", tokens, found)
+        return found
+
+    @staticmethod
+    def wave(done: int, x: Tensor) -> Tensor:
+        """(PASS_WAVES,) sines and cosines of the number of passes done."""
+        angles = torch.arange(1, PASS_WAVES // 2 + 1, device=x.device) * (done * torch.pi / 4)
+        return torch.cat((angles.sin(), angles.cos()))
 
     def head(self, x: Tensor) -> Tensor:
         """Final states (..., D) -> capped logits (..., V) float32."""

@@ -84,24 +84,34 @@ class Muon:
             self.groups.append(Matrices(parameters, momentum, torch.tensor(factors, device=device)[:, None, None]))
 
     @torch.no_grad()
-    def step(self, rate: float, momentum: float, ns_dtype: torch.dtype = torch.bfloat16) -> None:
+    def step(
+        self, rate: float, momentum: float, ns_dtype: torch.dtype = torch.bfloat16, decay: float | None = None
+    ) -> None:
         """Update every matrix from its .grad (already averaged over ranks)."""
-        updates = [self.momentum_update(group, momentum) for group in self.groups]
+        decay = self.recipe.matrix_decay if decay is None else decay
+        updates = []
+        for group in self.groups:
+            gradient = torch.stack([p.grad for p in group.parameters]).float()
+            updates.append(self.update_of(gradient, group.momentum, momentum))
         self.orthogonalize_all(updates, ns_dtype)
         for group, update in zip(self.groups, updates, strict=True):
-            step = list((update * group.rate_factor).unbind())
-            if self.recipe.matrix_decay:
-                torch._foreach_mul_(group.parameters, 1.0 - rate * self.recipe.matrix_decay)
-            torch._foreach_add_(group.parameters, step, alpha=-rate)
+            self.apply(group, update, rate, decay)
 
-    def momentum_update(self, group: Matrices, momentum: float) -> Tensor:
-        """Nesterov: buffer <- momentum * buffer + gradient; the update looks one step ahead. (N, R, C) float32."""
-        gradient = torch.stack([p.grad for p in group.parameters]).float()
-        group.momentum.mul_(momentum).add_(gradient)
-        update = gradient.add_(group.momentum, alpha=momentum)
+    def update_of(self, gradient: Tensor, buffer: Tensor, momentum: float) -> Tensor:
+        """Nesterov: buffer <- momentum * buffer + gradient; the update looks one step ahead. (N, R, C) float32, both
+        are written to."""
+        buffer.mul_(momentum).add_(gradient)
+        update = gradient.add_(buffer, alpha=momentum)
         if self.recipe.row_normalize:
             update /= update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
         return update
+
+    @staticmethod
+    def apply(group: Matrices, update: Tensor, rate: float, decay: float) -> None:
+        """Decay the group's matrices and move them against orthogonalised updates (N, R, C)."""
+        if decay:
+            torch._foreach_mul_(group.parameters, 1.0 - rate * decay)
+        torch._foreach_add_(group.parameters, list((update * group.rate_factor).unbind()), alpha=-rate)
 
     def orthogonalize_all(self, updates: list[Tensor], ns_dtype: torch.dtype) -> None:
         """Orthogonalise in place; with several ranks each does every world-size-th matrix and the sum is shared."""
@@ -141,7 +151,7 @@ class Optimizers:
             groups[kind].append((name, p))
         self.recipe = recipe
         # A block's name is blocks.INDEX.MATRIX.
-        passes = {name: model.shape.passes(int(name.split(".")[1])) for name, _ in groups["muon"]}
+        passes = {n: model.shape.passes(int(n.split(".")[1])) for n, _ in groups["muon"] if n.startswith("blocks.")}
         self.muon = Muon(groups["muon"], recipe, passes)
         self.adam = torch.optim.AdamW(
             [
@@ -172,11 +182,16 @@ class Optimizers:
         recipe = self.recipe
         if recipe.clip_norm:
             nn.utils.clip_grad_norm_(self.parameters, recipe.clip_norm)
-        scale = recipe.rate_scale(progress)
-        for group in self.adam.param_groups:
-            group["lr"] = scale * (recipe.embed_rate if group["kind"] == "embed" else recipe.scalar_rate)
+        rate = recipe.matrix_rate * self.set_rates(progress)
         self.adam.step()
-        self.muon.step(recipe.matrix_rate * scale, recipe.momentum_at(progress), self.ns_dtype)
+        self.muon.step(rate, recipe.momentum_at(progress), self.ns_dtype, recipe.decay_at(progress))
+
+    def set_rates(self, progress: float) -> float:
+        """Adam's rates at `progress`; returns the factor on every rate."""
+        scale = self.recipe.rate_scale(progress)
+        for group in self.adam.param_groups:
+            group["lr"] = scale * (self.recipe.embed_rate if group["kind"] == "embed" else self.recipe.scalar_rate)
+        return scale
 
     def gradient_norm(self) -> float:
         """Global norm of the gradients, not finite when any of them is not."""

@@ -43,9 +43,11 @@ MACHINES = {
 def forward_flops(config: Config, loops: int | None = None) -> int:
     """Multiply-adds x 2 of one token's forward pass: matrices, causal attention (half the square), head."""
     shape = config.shape
-    layer = 2 * (2 * shape.width**2 + 2 * shape.width * shape.kv_width + 2 * shape.width * shape.mlp_width)
+    mlp = (3 if shape.activation == "swiglu" else 2) * shape.width * shape.mlp_width
+    layer = 2 * (2 * shape.width**2 + 2 * shape.width * shape.kv_width + mlp)
     attention = 2 * shape.width * config.recipe.sequence_length
-    return len(shape.order(loops)) * (layer + attention) + 2 * shape.width * shape.vocab_size
+    pairs = 2 * shape.width * shape.bigram_width if shape.bigram_rows else 0
+    return len(shape.order(loops)) * (layer + attention) + 2 * shape.width * shape.vocab_size + pairs
 
 
 def step_work(config: Config, loops: int | None = None) -> tuple[int, int, int, int]:

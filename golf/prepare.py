@@ -24,10 +24,11 @@ import zstandard
 
 from golf import contest, sources
 from golf.bpb import SPACE, ByteTable
-from golf.config import BOS, UsageError
+from golf.config import UsageError
 from golf.console import Stage, parse, run_script
 from golf.data import complete, write_shard
 from golf.files import write_bytes
+from golf.shape import BOS
 from golf.sources import Source
 from golf.spool import Spool, split
 
@@ -48,6 +49,7 @@ class Options:
     shard_tokens: int = 100_000_000
     shuffle: int = 1
     cut: int = 0
+    hold_out: bool = False
 
     def check(self) -> Options:
         for name, low, high in (
@@ -207,7 +209,7 @@ def prepare(source: Source, out: Path, options: Options) -> dict:
         write_bytes(note, json.dumps({"request": request, "threshold": kept}).encode())
     kept = json.loads(note.read_text("utf-8"))["threshold"]
     spool = spool_documents(source, work / "spool.bin", options)
-    train, validation, dropped, threshold = split(spool, options.validation_share, kept)
+    train, validation, dropped, threshold = split(spool, options.validation_share, kept, options.hold_out)
     print(f"{train.size:,} train and {validation.size:,} validation documents; {dropped} train documents dropped "
           "that equal a validation document up to white space.")  # fmt: skip
     if options.shuffle:
@@ -307,6 +309,10 @@ class Arguments:
     """Name of the corpus, which records carry; the source's when empty."""
     validation: tuple[str, ...] = ()
     """files: files of validation documents, instead of a share chosen by hash."""
+    hold_out: bool = False
+    """files: hold a share out beside the validation files given."""
+    times: str = ""
+    """files: how often the documents of each path are trained on, as 3,1,0.5; once each when empty."""
     validation_share: float = VALIDATION_SHARE
     """Share of the bytes held out, kept between 300 kB and 3 MB."""
     vocab_size: int = 1024
@@ -335,6 +341,14 @@ class Arguments:
     """contest: train shards to fetch, 100 M tokens each; the validation split is always whole."""
 
 
+def numbers_of(text: str) -> tuple[float, ...]:
+    """The numbers between commas. Raises UsageError."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise UsageError(f"--times {text}: give numbers with commas between, one a path.") from error
+
+
 def make_source(arguments: Arguments) -> Source:
     kind, paths = arguments.source, arguments.paths
     if kind == "builtin":
@@ -345,8 +359,9 @@ def make_source(arguments: Arguments) -> Source:
         if not paths:
             raise UsageError("files: name at least one .txt, .md or .jsonl file or a folder.")
         return sources.files(
-            [Path(p) for p in paths], [Path(p) for p in arguments.validation], arguments.name or "files"
-        )
+            [Path(p) for p in paths], [Path(p) for p in arguments.validation], arguments.name or "files",
+            numbers_of(arguments.times),
+        )  # fmt: skip
     if len(paths) != 1:
         raise UsageError("hf: name one dataset, as in `hf roneneldan/TinyStories`.")
     return sources.hugging_face(
@@ -364,7 +379,7 @@ def main() -> None:
     else:
         options = Options(
             arguments.vocab_size, arguments.tokenizer, arguments.validation_share, arguments.shard_tokens,
-            arguments.shuffle, arguments.cut,
+            arguments.shuffle, arguments.cut, arguments.hold_out,
         )  # fmt: skip
         source = make_source(arguments)
         out = Path(arguments.out or f"data/{source.name}")

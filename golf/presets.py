@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import fields, replace
 
-from golf.config import Config, Pack, Recipe, Run, Shape, require
+from golf.config import Config, Pack, Recipe, Run, require
 from golf.console import parse
+from golf.shape import Shape
 
 BASELINE = Config("baseline", "contest", Shape(), Recipe())
 

@@ -14,10 +14,11 @@ from types import NoneType
 from typing import get_args, get_type_hints
 
 from golf.bundle import ROOT
-from golf.config import TRACKS, Config, Pack, Recipe, Run, Scoring, Shape, UsageError, fields_from_dict
+from golf.config import TRACKS, Config, Pack, Recipe, Run, Scoring, UsageError, fields_from_dict
 from golf.data import Corpus
 from golf.files import write_bytes
 from golf.folders import sizes
+from golf.shape import Shape
 
 SCHEMA = 1
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from golf.codec import load_artifact, read_note
-from golf.config import Scoring, Shape, fields_from_dict
+from golf.config import Scoring, fields_from_dict
 from golf.model import RecurrentGPT
+from golf.shape import Shape
 
 LOGITS_AT_A_TIME = 1 << 25
 PHASE_ROWS = 8  # rows of a step in a phase over text that has been scored

@@ -14,7 +14,7 @@ import sysconfig
 import tokenize
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import zstandard
@@ -33,6 +33,8 @@ class Document:
     text: str
     topic: str = ""
     key: str = ""
+    times: float = 1.0
+    """How often it stands in the training text."""
 
 
 @dataclass(frozen=True)
@@ -200,15 +202,19 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
 # -- files -----------------------------------------------------------------------------------------------------
 
 
-def files(paths: list[Path], validation: list[Path], name: str) -> Source:
-    """Text, Markdown and JSON-lines files, plain or compressed; a folder is walked."""
-    train, held_out = list_files(paths), list_files(validation)
+def files(paths: list[Path], validation: list[Path], name: str, times: tuple[float, ...] = ()) -> Source:
+    """Text, Markdown and JSON-lines files, plain or compressed; a folder is walked. `times` says of each path how often
+    its documents are trained on. Raises UsageError."""
+    if times and (len(times) != len(paths) or not all(0 < t <= 100 for t in times)):
+        raise UsageError(f"--times {','.join(map(str, times))}: give {len(paths)} numbers above 0, one a path.")
+    weighed = [(f, t) for path, t in zip(paths, times or [1.0] * len(paths), strict=True) for f in list_files([path])]
+    train, held_out = [path for path, _ in weighed], list_files(validation)
     listed = train + held_out
     stats = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in listed]
     return Source(
         name,
-        lambda: (document for path in train for document in read_file(path)),
-        {"source": "files", "files": stats, "validation": len(held_out)},
+        lambda: (replace(document, times=t) for path, t in weighed for document in read_file(path)),
+        {"source": "files", "files": stats, "validation": len(held_out), "times": list(times)},
         [f"Files given by the user: {', '.join(p.name for p in listed[:20])}{' ...' if len(listed) > 20 else ''}"],
         (lambda: (document for path in held_out for document in read_file(path))) if held_out else None,
         sum(size for _, size, _ in stats),

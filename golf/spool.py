@@ -17,6 +17,7 @@ from golf.console import Stage
 from golf.files import write_bytes
 from golf.sources import Document
 
+TIMES_UNIT = 1000  # of how often a document is trained on
 VALIDATION_LEAST, VALIDATION_MOST = 300_000, 3_000_000
 
 
@@ -28,7 +29,7 @@ def digest(text: str) -> int:
 class Spool:
     """Documents in one file, with offset, length, hashes and topic of each in memory (some 40 bytes a document)."""
 
-    COLUMNS = ("length", "content", "whole", "key", "topic", "given")
+    COLUMNS = ("length", "content", "whole", "key", "topic", "given", "times")
 
     def __init__(self, path: Path):
         self.path = path
@@ -57,12 +58,14 @@ class Spool:
                         columns["key"].append(key)
                         columns["topic"].append(topics.setdefault(document.topic, len(topics)))
                         columns["given"].append(given)
+                        columns["times"].append(round(document.times * TIMES_UNIT))
                     stage.advance(len(data))
         self.topics = list(topics)
         self.set_columns({name: np.frombuffer(c, dtype=np.uint64) for name, c in columns.items()})
 
     def set_columns(self, columns: dict[str, np.ndarray]) -> None:
-        self.length, self.content, self.whole, self.key, self.topic, self.given = (columns[n] for n in self.COLUMNS)
+        for name in self.COLUMNS:
+            setattr(self, name, columns[name])
         self.offset = np.concatenate([[0], np.cumsum(self.length, dtype=np.uint64)])[:-1]
 
     def save(self) -> None:
@@ -117,9 +120,10 @@ def choose_validation(spool: Spool, share: float, threshold: int | None) -> tupl
     document changes sides when others are added.
     """
     if threshold is None:
-        total = int(spool.length.sum())
+        free = np.flatnonzero(spool.given == 0)
+        total = int(spool.length[free].sum())
         target = min(max(share * total, VALIDATION_LEAST), VALIDATION_MOST, total / 2)
-        order = np.argsort(spool.key, kind="stable")
+        order = free[np.argsort(spool.key[free], kind="stable")]
         reached = np.cumsum(spool.length[order])
         last = min(int(np.searchsorted(reached, target)), order.size - 1)
         if last and reached[last] > max(target, VALIDATION_MOST):
@@ -128,15 +132,20 @@ def choose_validation(spool: Spool, share: float, threshold: int | None) -> tupl
     return spool.key <= np.uint64(threshold), threshold
 
 
-def split(spool: Spool, share: float, threshold: int | None) -> tuple[np.ndarray, np.ndarray, int, int | None]:
+def split(
+    spool: Spool, share: float, threshold: int | None, also: bool = False
+) -> tuple[np.ndarray, np.ndarray, int, int | None]:
     """Indices of train and validation documents, how many train documents were dropped, and the threshold.
 
-    A train document equal, up to white space, to a validation document is dropped.
+    Validation is what the user gave, else a share; with `also` it is both. A train document equal, up to white space,
+    to a validation document is dropped; one that is trained on k times and a part more stands k or k + 1 times.
     """
-    if spool.given.any():
-        held_out, threshold = spool.given.astype(bool), None
+    held_out = spool.given.astype(bool)
+    if also or not held_out.any():
+        chosen, threshold = choose_validation(spool, share, threshold)
+        held_out = held_out | chosen
     else:
-        held_out, threshold = choose_validation(spool, share, threshold)
+        threshold = None
     train, validation = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     doubled = np.isin(spool.content[train], spool.content[validation])
     doubled |= np.isin(spool.whole[train], spool.whole[validation])  # also when one of them was cut
@@ -146,4 +155,7 @@ def split(spool: Spool, share: float, threshold: int | None) -> tuple[np.ndarray
             f"{spool.length.size} documents cannot be split into train and validation; add text, "
             "or give the validation documents with --validation."
         )
-    return train, validation, int(doubled.sum()), threshold
+    times = spool.times[train].astype(np.int64)
+    part = np.random.default_rng(0).permutation(train.size) * TIMES_UNIT // max(1, train.size)
+    repeats = times // TIMES_UNIT + (times % TIMES_UNIT > part)
+    return np.repeat(train, repeats), validation, int(doubled.sum()), threshold

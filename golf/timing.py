@@ -33,14 +33,18 @@ class Stepper:
 
     def step(self) -> float:
         """Seconds of one step with all its loops."""
-        shape, length = self.config.shape, self.config.recipe.sequence_length
-        tokens = self.generator.integers(0, shape.vocab_size, (self.rows, length + 1))
+        length = self.config.recipe.sequence_length
+        tokens = self.generator.integers(0, self.config.shape.vocab_size, (self.rows, length + 1))
         began = self.machine.now()
+        self.take([(tokens[:, :-1].copy(), tokens[:, 1:].copy())])
+        return self.machine.now() - began
+
+    def take(self, micro: list) -> None:
+        """One step on a batch's micro-batches."""
         self.optimizers.zero_grad()
-        accumulate(self.model, [(tokens[:, :-1].copy(), tokens[:, 1:].copy())], self.machine, shape.loops)
+        accumulate(self.model, micro, self.machine, self.config.shape.loops)
         self.optimizers.gradient_norm()
         self.optimizers.step(0.5)
-        return self.machine.now() - began
 
 
 def step_time(config: Config, steps: int = 5) -> float:

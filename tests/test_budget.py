@@ -11,9 +11,10 @@ from conftest import run
 
 import budget
 from golf import codec, pace, size
-from golf.config import Config, Pack, Shape, UsageError
+from golf.config import Config, Pack, UsageError
 from golf.presets import PRESETS, parse_command_line
 from golf.quantize import COARSEST, FINEST, quantize
+from golf.shape import Shape
 
 
 def test_steps_are_within_a_tenth_of_the_real_runs():

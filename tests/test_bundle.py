@@ -10,8 +10,9 @@ import pytest
 from conftest import ROOT, TINY, run
 
 from golf import bundle
-from golf.config import Config, Pack, Recipe, Run, Shape, UsageError
+from golf.config import Config, Pack, Recipe, Run, UsageError
 from golf.presets import PRESETS
+from golf.shape import Shape
 
 GOLDEN = ("--run.max-steps", "20", "--recipe.loops-from", "0.5", "--run.name", "golden")
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from golf.calibrate import Collector, twin_of
-from golf.config import Config, Pack, Recipe, Run, Shape, UsageError, tensor_class
+from golf.config import Config, Pack, Recipe, Run, UsageError
 from golf.machine import Machine
 from golf.model import RecurrentGPT
 from golf.noise import GridNoise
+from golf.shape import Shape, tensor_class
 
 SHAPE = Shape(vocab_size=64, width=16, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3)
 MACHINE = Machine(torch.device("cpu"), torch.float32, "none")
@@ -40,10 +41,10 @@ class Products(Collector):
         self.products[name] = self.products.get(name, 0) + found
         self.calls = [*getattr(self, "calls", []), name]
 
-    def add_lookup(self, at, gradient):
+    def add_lookup(self, name, at, gradient):
         found = torch.zeros(64, 16).index_add_(0, at.flatten(), gradient.flatten(0, -2))
         self.products = {**getattr(self, "products", {})}
-        self.products["embedding"] = self.products.get("embedding", 0) + found
+        self.products[name] = self.products.get(name, 0) + found
 
 
 def test_every_use_of_every_matrix_is_seen(model):

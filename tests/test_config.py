@@ -5,9 +5,10 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from golf.config import TRACKS, Config, Recipe, Run, Shape, UsageError, check_shape, shape_from_dict
+from golf.config import TRACKS, Config, Recipe, Run, UsageError, check_shape, shape_from_dict
 from golf.model import RecurrentGPT
 from golf.presets import PRESETS, flags_of, parse_command_line
+from golf.shape import Shape
 
 
 def test_baseline_has_the_published_number_of_parameters():

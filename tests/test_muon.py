@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from golf.config import Recipe, Shape
+from golf.config import Recipe
 from golf.model import RecurrentGPT
 from golf.muon import POLAR_EXPRESS, QUINTIC, Muon, Optimizers, orthogonalize
+from golf.shape import Shape
 
 SHAPES = [(64, 64), (32, 64), (128, 64), (64, 128)]
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,25 @@ def test_a_document_that_is_cut_is_dropped_when_it_is_given_for_validation(tmp_p
     assert manifest["dropped"] >= len(long) // 1500
     assert not set(spool.cut_pieces(long, 1000)) & set(texts_of(tmp_path, "train"))
     assert long in texts_of(tmp_path, "val")
+
+
+def test_a_share_is_held_out_beside_the_files_given_and_paths_are_trained_on_more_than_once(tmp_path, library_texts):
+    texts = [d.text[:2000] for d in library_texts]
+    for name, part in (("a", texts[0::3]), ("b", texts[1::3]), ("given", texts[2::3][:50])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
+    source = sources.files([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], [tmp_path / "given.jsonl"], "x", (2.5, 0.5))
+    prepare.prepare(source, tmp_path / "out", prepare.Options(vocab_size=512, hold_out=True))
+    train, held_out = texts_of(tmp_path / "out", "train"), set(texts_of(tmp_path / "out", "val"))
+    assert set(texts[2::3][:50]) < held_out and not held_out & set(train)
+    times = {
+        name: Counter(t for t in train if t in set(part)) for name, part in (("a", texts[0::3]), ("b", texts[1::3]))
+    }
+    once = {name: sum(t not in held_out for t in set(part)) for name, part in (("a", texts[0::3]), ("b", texts[1::3]))}
+    assert set(times["a"].values()) == {2, 3} and times["a"].total() == pytest.approx(2.5 * once["a"], rel=0.05)
+    assert set(times["b"].values()) == {1} and times["b"].total() == pytest.approx(0.5 * once["b"], rel=0.1)
+    with pytest.raises(UsageError, match="--times 1.0,2.0,3.0: give 2 numbers"):
+        sources.files([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], [], "x", (1.0, 2.0, 3.0))
+    assert run("-m", "golf.prepare", "files", tmp_path / "a.jsonl", "--times", "x").returncode == 2
 
 
 def test_validation_never_exceeds_three_megabytes(tmp_path, library_texts):

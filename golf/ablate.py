@@ -1,0 +1,339 @@
+"""Variants against each other at equal time, steps, training FLOPs or bytes, seed by seed.
+
+    python -m golf.ablate FILE.toml [--again] [--table]
+
+FILE names a preset, the data, what is equal, seeds and variants:
+
+    preset = "laptop"
+    data = "data/yardstick"
+    equal = "steps"            # time, steps, flops or bytes
+    amount = 600               # seconds, steps, training FLOPs, or bytes of the artifact
+    seeds = [1, 2]
+    flags = ["--recipe.matrix-rate", "0.03"]
+    judge = false              # score the packed artifact by the referee, or the weights before packing
+    [variants]
+    control = []
+    leaky = ["--shape.activation", "leaky-relu2"]
+
+Runs go seed by seed through all variants, so that a machine that changes its pace hits all alike. Each run is a row of
+FILE.jsonl, crashes too; what stands there is not run again. A run at equal time during which other programs took more
+than a twentieth of the processor is void and is run once more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import tyro
+
+from golf import pace
+from golf.config import Config, UsageError
+from golf.console import parse, run_script
+from golf.presets import PRESETS, parse_command_line
+
+ROOT = Path(__file__).resolve().parent.parent
+EQUAL = ("time", "steps", "flops", "bytes")
+LEAST_SHARE = 0.95  # of the busy processor, that a run at equal time must have had
+TRIES = 2  # of a run that was disturbed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared."""
+
+    preset: str
+    data: str
+    equal: str
+    amount: float
+    seeds: list[int]
+    variants: dict[str, list[str]]
+    flags: list[str] = field(default_factory=list)
+    judge: bool = False
+    control: str = ""
+    """The variant that others are compared with; the first when empty."""
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a TOML file. Raises UsageError naming the key that is wrong."""
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not TOML ({error}).") from error
+    kinds = {
+        "preset": str, "data": str, "equal": str, "amount": (int, float), "seeds": list, "variants": dict,
+        "flags": list, "judge": bool, "control": str,
+    }  # fmt: skip
+    for key, value in values.items():
+        if key not in kinds:
+            raise UsageError(f"{path}: {key} is unknown, give {', '.join(kinds)}.")
+        if not isinstance(value, kinds[key]):
+            raise UsageError(f"{path}: {key} is {value!r:.60}, not of the right type.")
+    missing = [k for k in ("preset", "data", "equal", "amount", "seeds", "variants") if not values.get(k)]
+    if missing:
+        raise UsageError(f"{path}: {missing[0]} is missing.")
+    plan = Plan(**values)
+    if plan.equal not in EQUAL:
+        raise UsageError(f"{path}: equal is {plan.equal!r:.60}, give one of {', '.join(EQUAL)}.")
+    if plan.preset not in PRESETS:
+        raise UsageError(f"{path}: preset {plan.preset!r:.60} is unknown, give one of {', '.join(PRESETS)}.")
+    if plan.control and plan.control not in plan.variants:
+        raise UsageError(f"{path}: control {plan.control!r:.60} is none of the variants.")
+    for name, words in plan.variants.items():
+        if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+            raise UsageError(f"{path}: variant {name} is not a list of words.")
+        configuration(plan, name, plan.seeds[0])
+    return plan
+
+
+def configuration(plan: Plan, variant: str, seed: int) -> Config:
+    """A variant's whole configuration. Raises UsageError for flags that make none."""
+    words = [plan.preset, *plan.flags, *plan.variants[variant]]
+    return parse_command_line([*words, "--run.seed", str(seed), "--run.data", plan.data], "ablate").check()
+
+
+def budget_flags(plan: Plan, config: Config) -> list[str]:
+    """What makes a run as long, or as large, as the others."""
+    if plan.equal == "time":
+        return ["--run.cap", f"{plan.amount:g}"]
+    if plan.equal == "bytes":
+        return ["--pack.target-bytes", f"{plan.amount:.0f}"]
+    if plan.equal == "steps":
+        return ["--run.max-steps", f"{plan.amount:.0f}"]
+    return ["--run.max-steps", str(max(1, round(plan.amount / step_flops(config))))]
+
+
+def step_flops(config: Config) -> float:
+    """Training FLOPs of an average step, with loops switched on where the recipe says."""
+    share = config.recipe.loops_from if config.shape.loops > 1 else 0.0
+    early, late = pace.step_work(config, 1)[0], pace.step_work(config)[0]
+    return share * early + (1 - share) * late
+
+
+class Load:
+    """What share of the busy processor a process tree had."""
+
+    def __init__(self, process: subprocess.Popen):
+        self.process = psutil.Process(process.pid)
+        self.before, self.ours = self.busy(), 0.0
+
+    @staticmethod
+    def busy() -> float:
+        times = psutil.cpu_times()
+        return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+
+    def look(self) -> None:
+        """Note the tree's processor seconds so far."""
+        try:
+            tree = [self.process, *self.process.children(recursive=True)]
+            self.ours = max(self.ours, sum(sum(p.cpu_times()[:4]) for p in tree))
+        except psutil.Error:
+            return
+
+    def share(self) -> float:
+        return min(1.0, self.ours / max(1e-9, self.busy() - self.before))
+
+
+def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict:
+    """Train one variant once: its row."""
+    config = configuration(plan, variant, seed)
+    with tempfile.TemporaryDirectory(prefix="golf-ablate-") as place:
+        words = [plan.preset, *plan.flags, *plan.variants[variant], *budget_flags(plan, config)]
+        words += ["--run.seed", str(seed), "--run.data", plan.data]
+        here = ["--run.runs", place, "--run.name", "run", *([] if plan.judge else ["--run.no-judge"])]
+        began = time.time()
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train_gpt.py"), *words, *here], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        if cpus and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(process.pid, cpus)
+        load = Load(process)
+        while process.poll() is None:
+            load.look()
+            time.sleep(1.0)
+        said = process.stdout.read()
+        records = list(Path(place).glob("*/submission.json"))
+        row = {
+            "variant": variant, "seed": seed, "equal": plan.equal, "amount": plan.amount, "flags": words,
+            "fingerprint": config.fingerprint, "exit": process.returncode, "cpu_share": round(load.share(), 4),
+            "seconds": round(time.time() - began, 1), "step_flops": step_flops(config),
+        }  # fmt: skip
+        if not records:
+            return {**row, "status": "crash", "reason": (said.strip().splitlines() or ["no word"])[-1][:300]}
+        record = json.loads(records[0].read_text("utf-8"))
+    kept = (
+        "status", "reason", "val_bpb", "val_loss", "unpacked_val_bpb", "quantization_penalty", "bytes_total",
+        "bytes_model", "steps", "tokens", "tokens_per_second", "train_seconds", "peak_memory", "train_loss",
+    )  # fmt: skip
+    return {**row, **{key: record.get(key) for key in kept}}
+
+
+def bpb_of(row: dict) -> float | None:
+    """The score that counts: of the artifact, else of the weights and what packing costs at the full loop count."""
+    if row.get("val_bpb") is not None:
+        return row["val_bpb"]
+    if row.get("unpacked_val_bpb") is None:
+        return None
+    penalty = row.get("quantization_penalty") or {}
+    return row["unpacked_val_bpb"] + (list(penalty.values())[-1] if penalty else 0.0)
+
+
+def void(row: dict) -> bool:
+    """Whether other programs disturbed a run whose result depends on the pace."""
+    return row["equal"] in ("time", "bytes") and row["cpu_share"] < LEAST_SHARE
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a results file; a last line that was cut off is dropped. Raises UsageError for one that is not JSON."""
+    rows = []
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise UsageError(f"{path}: line {number} is not JSON ({error}).") from error
+    return rows
+
+
+def add_row(path: Path, row: dict) -> None:
+    """Append a row so that it survives a power cut; a last line that was cut off goes."""
+    data = path.read_bytes() if path.exists() else b""
+    with open(path, "ab") as file:
+        file.truncate(data.rfind(b"\n") + 1)
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def wanted(plan: Plan, rows: list[dict]) -> list[tuple[str, int]]:
+    """(variant, seed) still to be run, seed by seed."""
+    todo = []
+    for seed in plan.seeds:
+        for variant in plan.variants:
+            here = [r for r in rows if (r["variant"], r["seed"]) == (variant, seed) and same(plan, r)]
+            if not any(not void(r) for r in here) and len(here) < TRIES:
+                todo.append((variant, seed))
+    return todo
+
+
+def same(plan: Plan, row: dict) -> bool:
+    """Whether a row was run as the plan says now."""
+    config = configuration(plan, row["variant"], row["seed"]) if row["variant"] in plan.variants else None
+    return bool(config) and row["fingerprint"] == config.fingerprint and row["amount"] == plan.amount
+
+
+def table(plan: Plan, rows: list[dict]) -> str:
+    """Markdown: one line a variant, best first."""
+    good = [r for r in rows if r["variant"] in plan.variants and same(plan, r) and not void(r)]
+    control = plan.control or next(iter(plan.variants))
+    found = {v: [r for r in good if r["variant"] == v and bpb_of(r) is not None] for v in plan.variants}
+    base = {r["seed"]: bpb_of(r) for r in found[control]}
+    unit = {"time": "s", "steps": "steps", "flops": "training FLOPs", "bytes": "bytes"}[plan.equal]
+    lines = [
+        f"Equal {plan.equal}: {plan.amount:g} {unit}, seeds {plan.seeds}{', judged' if plan.judge else ''}.\n",
+        f"| variant | bpb | sd | less than {control} | pairs' sd | Welch p | bytes | steps | ms/step | runs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for variant in sorted(found, key=lambda v: mean([bpb_of(r) for r in found[v]])):
+        mine = found[variant]
+        crashed = sum(r["variant"] == variant and r.get("status") == "crash" for r in rows)
+        if not mine:
+            lines.append(f"| {variant} | - | - | - | - | - | - | - | - | 0, {crashed} crashed |")
+            continue
+        scores = [bpb_of(r) for r in mine]
+        gains = [base[r["seed"]] - bpb_of(r) for r in mine if r["seed"] in base]
+        p = welch([base[s] for s in base], scores) if variant != control else None
+        lines.append(
+            f"| {variant} | {mean(scores):.4f} | {spread(scores)} | {mean(gains):+.4f} | {spread(gains)} | "
+            f"{'-' if p is None else f'{p:.3f}'} | {mean([r['bytes_total'] for r in mine]):,.0f} | "
+            f"{mean([r['steps'] for r in mine]):,.0f} | "
+            f"{1e3 * mean([r['train_seconds'] / max(1, r['steps']) for r in mine]):.1f} | "
+            f"{len(mine)}{f', {crashed} crashed' if crashed else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def mean(values: list[float]) -> float:
+    return statistics.mean(values) if values else math.inf
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+
+
+def welch(control: list[float], scores: list[float]) -> float | None:
+    """One-sided p that the scores are no lower than the control's; nothing with fewer than two of each."""
+    if min(len(control), len(scores)) < 2 or statistics.pstdev(control) + statistics.pstdev(scores) == 0:
+        return None
+    from scipy.stats import ttest_ind
+
+    return float(ttest_ind(scores, control, equal_var=False, alternative="less").pvalue)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compare variants; resumes where FILE.jsonl ends."""
+
+    file: tyro.conf.Positional[str]
+    """A plan in TOML."""
+    table: bool = False
+    """Only print the table of what stands in the results."""
+    pairs: bool = False
+    """Run two variants at a time, each on cores of its own."""
+    most: int = 0
+    """Runs to do now; 0 is all."""
+
+
+def main() -> int:
+    arguments = parse(tyro.cli, Arguments, prog="python -m golf.ablate")
+    path = Path(arguments.file)
+    plan = read_plan(path)
+    results = path.with_suffix(".jsonl")
+    rows = read_rows(results)
+    todo = [] if arguments.table else wanted(plan, rows)
+    todo = todo[: arguments.most] if arguments.most else todo
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    width = 2 if arguments.pairs and len(cores) >= 2 else 1
+    for at in range(0, len(todo), width):
+        part = todo[at : at + width]
+        for number, (variant, seed) in enumerate(part):
+            print(f"[{at + number + 1}/{len(todo)}] {variant}, seed {seed}", flush=True)
+        for row in side_by_side(plan, part, cores) if width > 1 else [run_one(plan, *part[0], None)]:
+            add_row(results, row)
+            rows.append(row)
+            told = row.get("reason") or "" if bpb_of(row) is None else f"{bpb_of(row):.4f} bpb, {row['steps']} steps"
+            print(f"    {row['variant']}, seed {row['seed']}: {told}{' (void)' if void(row) else ''}", flush=True)
+    print(table(plan, rows))
+    return 0
+
+
+def side_by_side(plan: Plan, part: list[tuple[str, int]], cores: list[int]) -> list[dict]:
+    """Two runs at once, each on half of the cores; a share is then of that half."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    half = len(cores) // 2
+    with ThreadPoolExecutor(2) as pool:
+        halves = (cores[:half], cores[half : 2 * half])
+        jobs = [pool.submit(run_one, plan, *one, mine) for one, mine in zip(part, halves, strict=False)]
+        rows = [job.result() for job in jobs]
+    total = sum(r["cpu_share"] for r in rows)
+    return [{**r, "cpu_share": round(total, 4)} for r in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

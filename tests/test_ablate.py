@@ -1,0 +1,96 @@
+"""The runner: plans are checked, runs are rows, an interrupted comparison goes on, the table says what was equal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY, run
+
+from golf import ablate
+from golf.config import UsageError
+
+PLAN = """
+preset = "smoke"
+data = "{data}"
+equal = "{equal}"
+amount = {amount}
+seeds = [1, 2]
+flags = {flags}
+[variants]
+control = []
+slow = ["--recipe.matrix-rate", "0.001"]
+broken = ["--run.micro-rows", "{rows}"]
+"""
+
+
+def plan_file(place: Path, corpus: Path, equal: str = "steps", amount: float = 3, rows: int = 4) -> Path:
+    path = place / "plan.toml"
+    flags = json.dumps(list(TINY))
+    path.write_text(PLAN.format(data=corpus, equal=equal, amount=amount, flags=flags, rows=rows))
+    return path
+
+
+@pytest.mark.slow
+def test_runs_become_rows_and_a_table_and_are_not_run_twice(tmp_path, corpus):
+    path = plan_file(tmp_path, corpus)
+    first = run("-m", "golf.ablate", path, "--most", 2)
+    assert first.returncode == 0, first.stderr
+    rows = ablate.read_rows(path.with_suffix(".jsonl"))
+    assert [(r["variant"], r["seed"]) for r in rows] == [("control", 1), ("slow", 1)]  # seed by seed
+    with open(path.with_suffix(".jsonl"), "a") as file:
+        file.write('{"variant": "contr')  # cut off by a crash
+    second = run("-m", "golf.ablate", path)
+    assert second.returncode == 0, second.stderr
+    rows = ablate.read_rows(path.with_suffix(".jsonl"))
+    assert len(rows) == 6 and len({(r["variant"], r["seed"]) for r in rows}) == 6
+    assert all(r["steps"] == 3 for r in rows if r["status"] == "complete")
+    assert "Equal steps: 3 steps" in second.stdout and "Welch p" in second.stdout
+    again = run("-m", "golf.ablate", path, "--table")
+    assert again.stdout in second.stdout
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (("equal =", "eqal ="), "eqal is unknown"), (('"steps"', '"luck"'), "give one of time"),
+    (('"smoke"', '"smok"'), "preset 'smok'"), (("seeds = [1, 2]", "seeds = 1"), "seeds is 1"),
+    (("amount = 3", ""), "amount is missing"), (("[variants]", "[variants"), "is not TOML"),
+    (('"0.001"', '"fast"'), "matrix-rate"), (("control = []", "control = 3"), "variant control"),
+])  # fmt: skip
+def test_a_plan_that_cannot_work_is_one_sentence(tmp_path, corpus, change, words):
+    path = plan_file(tmp_path, corpus)
+    path.write_text(path.read_text().replace(*change))
+    done = run("-m", "golf.ablate", path)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def row(variant: str, seed: int, bpb: float, **more: object) -> dict:
+    return {"variant": variant, "seed": seed, "val_bpb": bpb, "equal": "time", "amount": 3, "cpu_share": 1.0,
+            "steps": 10, "train_seconds": 1.0, "bytes_total": 5, "status": "complete", **more}  # fmt: skip
+
+
+def test_the_table_pairs_seeds_and_leaves_void_runs_out(tmp_path, corpus):
+    plan = ablate.read_plan(plan_file(tmp_path, corpus, "time"))
+    marks = {v: ablate.configuration(plan, v, 1).fingerprint for v in plan.variants}
+    rows = [row(v, s, b, fingerprint=marks[v]) for v, s, b in (
+        ("control", 1, 2.0), ("control", 2, 2.2), ("slow", 1, 1.9), ("slow", 2, 2.1))]  # fmt: skip
+    rows.append(row("broken", 1, 1.0, fingerprint=marks["broken"], cpu_share=0.9))
+    text = ablate.table(plan, rows)
+    assert "+0.1000 | 0.0000" in text and text.index("| slow") < text.index("| control")
+    assert "| broken | - |" in text
+    assert ablate.wanted(plan, rows) == [("broken", 1), ("broken", 2)]
+    rows.append(row("broken", 1, 1.0, fingerprint=marks["broken"], cpu_share=0.9))
+    assert ablate.wanted(plan, rows) == [("broken", 2)]  # tried often enough
+
+
+def test_equal_flops_gives_steps_by_the_work_of_each(tmp_path, corpus):
+    plan = ablate.read_plan(plan_file(tmp_path, corpus, "flops", 1e12))
+    config = ablate.configuration(plan, "control", 1)
+    (_, steps) = ablate.budget_flags(plan, config)
+    assert int(steps) == round(1e12 / ablate.step_flops(config))
+
+
+def test_a_results_file_with_another_fault_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{broken}\n{"a": 2}\n')
+    with pytest.raises(UsageError, match="line 2"):
+        ablate.read_rows(tmp_path / "x.jsonl")

@@ -1,0 +1,173 @@
+"""Each option of block and recipe does what it says, looks at nothing to come, and costs the bytes the shape lists."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from golf.average import WeightAverage
+from golf.config import Config, Recipe, UsageError
+from golf.data import TokenStream, batches, coprime_stride
+from golf.machine import graphs
+from golf.model import RecurrentGPT, exclude_own
+from golf.shape import BOS, Shape
+
+SHAPE = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=3)
+OPTIONS = [
+    {"activation": "leaky-relu2"}, {"activation": "swiglu"}, {"rotary_share": 0.5}, {"depth_scale": True},
+    {"exclusive": True}, {"attn_gate": True}, {"smear": True}, {"pass_signal": True},
+    {"bigram_rows": 50, "bigram_width": 8}, {"value_blocks": 1}, {"value_blocks": 3}, {"lanes": True},
+    {"activation": "swiglu", "rotary_share": 0.25, "depth_scale": True, "exclusive": True, "attn_gate": True,
+     "smear": True, "pass_signal": True, "pass_scalars": True, "bigram_rows": 50, "value_blocks": 2, "lanes": True},
+]  # fmt: skip
+
+
+def model_of(**options: object) -> RecurrentGPT:
+    """A model none of whose gates and signals is zero."""
+    model = RecurrentGPT(replace(SHAPE, **options)).initialize(Recipe(), 1).double()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return model.requires_grad_(False)
+
+
+def tokens_of(length: int = 24) -> torch.Tensor:
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(2, 64, (2, length)))
+    tokens[:, ::7] = BOS
+    return tokens
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_no_option_looks_ahead(options):
+    model, tokens = model_of(**options), tokens_of()
+    before = model(tokens, dtype=torch.float64)
+    for at in (1, 7, 8, 23):
+        changed = tokens.clone()
+        changed[:, at:] = (changed[:, at:] + 11) % 62 + 2
+        after = model(changed, dtype=torch.float64)
+        assert torch.equal(before[:, :at], after[:, :at])
+        assert not torch.equal(before[:, at:], after[:, at:])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_changes_the_function(options):
+    plain, tokens = model_of(), tokens_of()
+    model = model_of(**options)
+    shared = {n: p for n, p in plain.named_parameters() if dict(model.named_parameters()).get(n, p).shape == p.shape}
+    model.load_state_dict({n: p for n, p in shared.items() if n in dict(model.named_parameters())}, strict=False)
+    assert not torch.allclose(model(tokens, dtype=torch.float64), plain(tokens, dtype=torch.float64))
+
+
+def test_gates_and_signals_start_as_nothing():
+    tokens = tokens_of()
+    plain = RecurrentGPT(SHAPE).initialize(Recipe(), 1)
+    for option in ({"attn_gate": True}, {"smear": True}, {"pass_signal": True}, {"value_blocks": 2}):
+        model = RecurrentGPT(replace(SHAPE, **option)).initialize(Recipe(), 1)
+        assert torch.equal(model(tokens), plain(tokens)), option
+
+
+def test_smear_stops_at_documents():
+    model, tokens = model_of(smear=True), tokens_of()
+    found = torch.randn(2, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    added = model.smeared(tokens, found)
+    assert (added[tokens == BOS] == 0).all() and (added[:, 0] == 0).all()
+    gate, size = model.smear[0, 1:], model.smear[0, 0]
+    for t in (1, 2, 5, 20):
+        expected = size * torch.sigmoid(found[:, t, :12] @ gate)[:, None] * found[:, t - 1]
+        assert torch.allclose(added[:, t], expected * (tokens[:, t] != BOS)[:, None])
+
+
+def test_pairs_are_hashed_and_end_at_documents():
+    model, tokens = model_of(bigram_rows=50, bigram_width=8), tokens_of()
+    found = model.paired(tokens, torch.float64)
+    for b in range(2):
+        for t in range(24):
+            now, before = int(tokens[b, t]), int(tokens[b, t - 1])
+            row = 49 if t == 0 or now == BOS else ((now * 36313) ^ (before * 27191)) % 49
+            assert torch.allclose(found[b, t], model.bigram_out @ model.bigram[row])
+
+
+def test_starts_with_orthogonal_matrices_and_a_falling_spectrum():
+    recipe = Recipe(matrix_init="orthogonal", embed_spectrum=0.5)
+    model = RecurrentGPT(SHAPE).initialize(recipe, 1)
+    query = model.blocks[0].query.detach()
+    assert torch.allclose(query @ query.mT, torch.eye(32), atol=1e-5)
+    values = torch.linalg.svdvals(model.embedding.detach())
+    assert torch.allclose(values / values[0], torch.arange(1, 33) ** -0.5, atol=1e-4)
+
+
+def test_exclusive_attention_is_orthogonal_to_the_own_value():
+    generator = torch.Generator().manual_seed(1)
+    y, v = (torch.randn(2, n, 9, 8, dtype=torch.float64, generator=generator) for n in (4, 2))
+    out = exclude_own(y, v)
+    assert (out * v.repeat_interleave(2, dim=1)).sum(-1).abs().max() < 1e-12
+    along = (y * F.normalize(v, dim=-1).repeat_interleave(2, dim=1)).sum(-1)
+    assert torch.allclose(y.square().sum(-1) - along.square(), out.square().sum(-1))
+
+
+def test_part_of_the_channels_carries_no_position():
+    model = model_of(rotary_share=0.5)
+    cos, _ = model.rotary(9, torch.device("cpu"), torch.float64)
+    assert cos.shape == (9, 2) and Shape(rotary_share=0.25).rotary_channels == 16
+
+
+def test_swiglu_has_as_many_parameters():
+    plain, gated = (Shape(activation=a).parameter_count for a in ("relu2", "swiglu"))
+    assert abs(gated / plain - 1) < 0.002
+
+
+def test_the_average_is_an_exponential_one():
+    p = torch.nn.Parameter(torch.zeros(3))
+    average = WeightAverage(torch.nn.ParameterList([p]), 0.1)
+    steps = [n / 100 for n in range(1, 101)]
+    found, last = np.zeros(3), 0.0
+    for progress in steps:
+        with torch.no_grad():
+            p.fill_(progress**2)
+        average.follow(progress)
+        share = 1 - math.exp(-(progress - last) / min(0.1, progress))
+        found, last = found + share * (progress**2 - found), progress
+    average.install()
+    assert p.detach().numpy() == pytest.approx(found, rel=1e-5)
+    assert p[0] < 1.0
+    untouched = torch.nn.Parameter(torch.ones(2))
+    none = WeightAverage(torch.nn.ParameterList([untouched]), 0.0)
+    none.follow(0.5)
+    none.install()
+    assert (untouched == 1).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 5000))
+def test_a_coprime_stride_visits_every_row(rows):
+    stride = coprime_stride(rows)
+    assert {n * stride % rows for n in range(rows)} == set(range(rows))
+
+
+def test_strided_batches_see_all_rows_before_any_twice_and_can_begin_anywhere():
+    stream = TokenStream([np.arange(1600, dtype=np.uint16)])
+    source = batches(stream, 64, 16, "strided")
+    first = [int(row[0]) for _ in range(25) for inputs, _ in next(source) for row in inputs]
+    assert sorted(first) == list(range(0, 1600, 16))
+    later = batches(stream, 64, 16, "strided", step=7)
+    assert np.array_equal(next(later)[0][0][:, 0], first[28:32])
+
+
+def test_schedules_name_every_graph_they_need():
+    recipe = Recipe(sequence_length=64, batch_tokens=512, short_length=16, short_until=0.5, loops_from=0.6)
+    assert graphs(Config(shape=SHAPE, recipe=recipe)) == [(64, 3), (64, 1), (16, 1)]
+    drawn = replace(recipe, random_loops=True, loops_from=0.0)
+    assert set(graphs(Config(shape=SHAPE, recipe=drawn))) == {(n, k) for n in (16, 64) for k in (1, 2, 3)}
+    assert recipe.length_at(0.49) == 16 and recipe.length_at(0.5) == 64
+    taper = Recipe(matrix_decay=0.1, decay_taper=0.5)
+    assert [taper.decay_at(p) for p in (0.0, 0.7, 1.0)] == pytest.approx([0.1, 0.1, 0.05])
+    with pytest.raises(UsageError, match="short-length 48"):
+        Config(recipe=replace(recipe, short_length=48), shape=SHAPE).check()
