@@ -100,8 +100,14 @@ def read_plan(path: Path) -> Plan:
 
 def configuration(plan: Plan, variant: str, seed: int) -> Config:
     """A variant's whole configuration. Raises UsageError for flags that make none."""
-    words = [plan.preset, *plan.flags, *plan.variants[variant]]
-    return parse_command_line([*words, "--run.seed", str(seed), "--run.data", plan.data], "ablate").check()
+    return parse_command_line(words_of(plan, variant, seed), "ablate").check()
+
+
+def words_of(plan: Plan, variant: str, seed: int) -> list[str]:
+    """The command line of a variant, which may name data of its own."""
+    return [
+        plan.preset, "--run.seed", str(seed), "--run.data", plan.data, *plan.flags, *plan.variants[variant],
+    ]  # fmt: skip
 
 
 def budget_flags(plan: Plan, config: Config) -> list[str]:
@@ -150,8 +156,7 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
     """Train one variant once: its row."""
     config = configuration(plan, variant, seed)
     with tempfile.TemporaryDirectory(prefix="golf-ablate-") as place:
-        words = [plan.preset, *plan.flags, *plan.variants[variant], *budget_flags(plan, config)]
-        words += ["--run.seed", str(seed), "--run.data", plan.data]
+        words = [*words_of(plan, variant, seed), *budget_flags(plan, config)]
         here = ["--run.runs", place, "--run.name", "run", *([] if plan.judge else ["--run.no-judge"])]
         began = time.time()
         process = subprocess.Popen(
@@ -232,9 +237,12 @@ def wanted(plan: Plan, rows: list[dict]) -> list[tuple[str, int]]:
 
 
 def same(plan: Plan, row: dict) -> bool:
-    """Whether a row was run as the plan says now."""
-    config = configuration(plan, row["variant"], row["seed"]) if row["variant"] in plan.variants else None
-    return bool(config) and row["fingerprint"] == config.fingerprint and row["amount"] == plan.amount
+    """Whether a row was run as the plan says now, with the options' present defaults."""
+    if row["variant"] not in plan.variants:
+        return False
+    config = configuration(plan, row["variant"], row["seed"])
+    words = [*words_of(plan, row["variant"], row["seed"]), *budget_flags(plan, config)]
+    return row["fingerprint"] == config.fingerprint and row["flags"] == words
 
 
 def table(plan: Plan, rows: list[dict]) -> str:
@@ -246,14 +254,14 @@ def table(plan: Plan, rows: list[dict]) -> str:
     unit = {"time": "s", "steps": "steps", "flops": "training FLOPs", "bytes": "bytes"}[plan.equal]
     lines = [
         f"Equal {plan.equal}: {plan.amount:g} {unit}, seeds {plan.seeds}{', judged' if plan.judge else ''}.\n",
-        f"| variant | bpb | sd | less than {control} | pairs' sd | Welch p | bytes | steps | ms/step | runs |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| variant | bpb | sd | less than {control} | pairs' sd | Welch p | bytes | steps | ms/step | tokens/s | runs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in sorted(found, key=lambda v: mean([bpb_of(r) for r in found[v]])):
         mine = found[variant]
         crashed = sum(r["variant"] == variant and r.get("status") == "crash" for r in rows)
         if not mine:
-            lines.append(f"| {variant} | - | - | - | - | - | - | - | - | 0, {crashed} crashed |")
+            lines.append(f"| {variant} | - | - | - | - | - | - | - | - | - | 0, {crashed} crashed |")
             continue
         scores = [bpb_of(r) for r in mine]
         gains = [base[r["seed"]] - bpb_of(r) for r in mine if r["seed"] in base]
@@ -263,6 +271,7 @@ def table(plan: Plan, rows: list[dict]) -> str:
             f"{'-' if p is None else f'{p:.3f}'} | {mean([r['bytes_total'] for r in mine]):,.0f} | "
             f"{mean([r['steps'] for r in mine]):,.0f} | "
             f"{1e3 * mean([r['train_seconds'] / max(1, r['steps']) for r in mine]):.1f} | "
+            f"{mean([r['tokens_per_second'] for r in mine]):,.0f} | "
             f"{len(mine)}{f', {crashed} crashed' if crashed else ''} |"
         )
     return "\n".join(lines)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from golf.config import Config, UsageError
+from golf.loss import part_loss
 from golf.model import RecurrentGPT
 from golf.muon import Optimizers
 
@@ -154,7 +155,7 @@ def compile_model(model: RecurrentGPT, mode: str) -> None:
         return
     for block in model.blocks:
         block.compile()
-    model.head_loss = torch.compile(model.head_loss)
+    model.loss_part = torch.compile(part_loss, dynamic=False)
 
 
 def accumulate(model: RecurrentGPT, micro: list, machine: Machine, loops: int) -> Tensor:

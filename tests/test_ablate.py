@@ -66,21 +66,34 @@ def test_a_plan_that_cannot_work_is_one_sentence(tmp_path, corpus, change, words
 
 def row(variant: str, seed: int, bpb: float, **more: object) -> dict:
     return {"variant": variant, "seed": seed, "val_bpb": bpb, "equal": "time", "amount": 3, "cpu_share": 1.0,
-            "steps": 10, "train_seconds": 1.0, "bytes_total": 5, "status": "complete", **more}  # fmt: skip
+            "steps": 10, "train_seconds": 1.0, "tokens_per_second": 9.0, "bytes_total": 5, "status": "complete", **more}  # fmt: skip
 
 
 def test_the_table_pairs_seeds_and_leaves_void_runs_out(tmp_path, corpus):
     plan = ablate.read_plan(plan_file(tmp_path, corpus, "time"))
-    marks = {v: ablate.configuration(plan, v, 1).fingerprint for v in plan.variants}
-    rows = [row(v, s, b, fingerprint=marks[v]) for v, s, b in (
+
+    def of(variant: str, seed: int, bpb: float, **more: object) -> dict:
+        config = ablate.configuration(plan, variant, seed)
+        words = [*ablate.words_of(plan, variant, seed), *ablate.budget_flags(plan, config)]
+        return row(variant, seed, bpb, fingerprint=config.fingerprint, flags=words, **more)
+
+    rows = [of(v, s, b) for v, s, b in (
         ("control", 1, 2.0), ("control", 2, 2.2), ("slow", 1, 1.9), ("slow", 2, 2.1))]  # fmt: skip
-    rows.append(row("broken", 1, 1.0, fingerprint=marks["broken"], cpu_share=0.9))
+    rows.append(of("broken", 1, 1.0, cpu_share=0.9))
     text = ablate.table(plan, rows)
     assert "+0.1000 | 0.0000" in text and text.index("| slow") < text.index("| control")
     assert "| broken | - |" in text
     assert ablate.wanted(plan, rows) == [("broken", 1), ("broken", 2)]
-    rows.append(row("broken", 1, 1.0, fingerprint=marks["broken"], cpu_share=0.9))
+    rows.append(of("broken", 1, 1.0, cpu_share=0.9))
     assert ablate.wanted(plan, rows) == [("broken", 2)]  # tried often enough
+
+
+def test_a_variant_may_name_data_of_its_own(tmp_path, corpus):
+    path = plan_file(tmp_path, corpus)
+    path.write_text(path.read_text().replace("control = []", 'control = ["--run.data", "elsewhere"]'))
+    plan = ablate.read_plan(path)
+    assert ablate.configuration(plan, "control", 1).run.data == "elsewhere"
+    assert ablate.configuration(plan, "slow", 1).run.data == str(corpus)
 
 
 def test_equal_flops_gives_steps_by_the_work_of_each(tmp_path, corpus):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from golf import loss
 from golf.config import Recipe
 from golf.machine import compile_model, missing_for_compile
 from golf.model import RecurrentGPT, causal_attention, role_of
@@ -217,3 +218,38 @@ def test_compiled_losses_and_gradients_are_the_eager_ones(mode):
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for eager, compiled in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [15.0, 30.0, 100.0, 1e9])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_capped_cross_entropy_is_that_of_the_capped_logits(cap, compiled, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 64)  # 150 positions in three pieces
+    torch.manual_seed(0)
+    x = torch.randn(3, 50, 32, requires_grad=True)
+    weight, targets = (2 * torch.randn(77, 32)).requires_grad_(), torch.randint(0, 77, (3, 50))
+    bent = cap * torch.tanh(F.linear(x.double(), weight.double()) / cap)
+    wanted = F.cross_entropy(bent.flatten(0, 1), targets.flatten())
+    part = torch.compile(loss.part_loss, dynamic=False) if compiled else loss.part_loss
+    found = loss.capped_cross_entropy(x, weight, targets, cap, part)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * found, (x, weight)), torch.autograd.grad(3 * wanted, (x, weight)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(loss.capped_cross_entropy(x, weight, targets, cap).double(), wanted)
+
+
+@pytest.mark.parametrize("length", [24, 96, 100])
+@pytest.mark.parametrize("steep", [1.0, 60.0])
+def test_short_rows_by_plain_products_are_the_attention_they_stand_for(length, steep):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, length, 16, requires_grad=True) for heads in (4, 2, 2))
+    wanted = F.scaled_dot_product_attention(steep * q, k, v, is_causal=True, enable_gqa=True)
+    found = torch.compile(causal_attention)(steep * q, k, v)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    probe = torch.randn_like(wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (q, k, v), probe), torch.autograd.grad(wanted, (q, k, v), probe), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
