@@ -80,6 +80,7 @@ def with_spectrum(weight: Tensor, power: float) -> Tensor:
 
 # Told of a matrix's input (B, T, C) and output (B, T, R) at each use, when Hessians are collected.
 Tap = Callable[[str, Tensor, Tensor], None]
+STEEPEST = 80.0  # score whose exponential, times any number of keys, is still a float32
 QUERY_BLOCK = 32  # queries that a short row on a CPU attends at a time
 
 
@@ -95,7 +96,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None
     or where `seen` (B, 1, T, T) says so.
 
     Compiled for a CPU, short rows go as plain products, 32 queries against the keys up to them, divided by their sum
-    at the end: a step of `laptop` took XX ms in float32 where it took XX with scaled_dot_product_attention.
+    at the end. No maximum is taken off first: queries and keys come normalised, so that a score beyond STEEPEST, where
+    it would saturate, needs a gain of 10 at head size 64. A step of `laptop` in float32 took 291 ms where it took 308
+    with scaled_dot_product_attention (2 cores).
     """
     batch, heads, length, size = q.shape
     groups = k.size(1)
@@ -112,11 +115,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None
         count = end - start
         scores = torch.bmm(q[:, :, start:end].reshape(batch * groups, each * count, size), k[:, :end].mT)
         scores = scores.view(batch * groups, each, count, end).float()
-        seen = torch.ones(count, end, dtype=torch.bool, device=q.device).tril(start)
-        scores = scores.masked_fill(~seen, float("-inf"))
-        weight = torch.exp(scores - scores.detach().amax(dim=-1, keepdim=True))
-        total = weight.sum(dim=-1).view(batch * groups, each * count, 1)
-        part = torch.bmm(weight.to(q.dtype).view(batch * groups, each * count, end), v[:, :end]) / total.to(q.dtype)
+        seen = torch.ones(count, end, device=q.device).tril(start)
+        weight = (torch.exp(scores.clamp(-STEEPEST, STEEPEST)) * seen).to(q.dtype)
+        total = weight.float().sum(dim=-1).view(batch * groups, each * count, 1)  # of what was rounded
+        part = torch.bmm(weight.view(batch * groups, each * count, end), v[:, :end]) / total.to(q.dtype)
         parts.append(part.view(batch * groups, each, count, size))
     return torch.cat(parts, dim=2).view(batch, heads, length, size)
 
