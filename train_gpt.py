@@ -39,8 +39,8 @@ from golf.data import Corpus, TokenStream, batches
 from golf.files import write_bytes
 from golf.machine import Machine, accumulate, compile_model, keep_memory, peak_memory, set_up, warm_up_in_memory
 from golf.model import RecurrentGPT
-from golf.muon import Optimizers
 from golf.noise import GridNoise
+from golf.overlap import optimizers_for
 from golf.quantize import Sensitivity, quantize
 from golf.scoring import Scorer
 
@@ -155,7 +155,7 @@ def train(
     shape, recipe, run = config.shape, config.recipe, config.run
     torch.manual_seed(run.seed)
     model = RecurrentGPT(shape).initialize(recipe, run.seed).to(machine.device)
-    optimizers = Optimizers(model, recipe)
+    optimizers = optimizers_for(model, recipe, run.overlap)
     compile_model(model, machine.compile)
     stream = TokenStream(corpus.shards("train"))
     began = time.perf_counter()

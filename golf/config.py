@@ -173,6 +173,8 @@ class Run:
     """Type of activations and matrix products; auto is bfloat16 where the processor computes it natively."""
     compile: Literal["auto", "block", "model", "none"] = "auto"
     """What torch.compile sees; auto is block, or none without a C++ compiler."""
+    overlap: bool = False
+    """With several ranks, let each own a part of Muon's matrices and communicate beside the arithmetic."""
     threads: int = 0
     """Threads of the CPU's matrix products; 0 leaves it to torch."""
     micro_rows: int = 0

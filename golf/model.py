@@ -109,6 +109,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None
     each = heads // groups
     q = (q * size**-0.5).reshape(batch * groups, each, length, size)
     k, v = k.reshape(batch * groups, length, size), v.reshape(batch * groups, length, size)
+    late = q.dtype == torch.float32  # rounded sums would not cancel in the gradients
     parts = []
     for start in range(0, length, QUERY_BLOCK):
         end = min(length, start + QUERY_BLOCK)
@@ -116,9 +117,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None
         scores = torch.bmm(q[:, :, start:end].reshape(batch * groups, each * count, size), k[:, :end].mT)
         scores = scores.view(batch * groups, each, count, end).float()
         seen = torch.ones(count, end, device=q.device).tril(start)
-        weight = (torch.exp(scores.clamp(-STEEPEST, STEEPEST)) * seen).to(q.dtype)
-        total = weight.float().sum(dim=-1).view(batch * groups, each * count, 1)  # of what was rounded
-        part = torch.bmm(weight.view(batch * groups, each * count, end), v[:, :end]) / total.to(q.dtype)
+        weight = torch.exp(scores.clamp(-STEEPEST, STEEPEST)) * seen
+        total = weight.sum(dim=-1, keepdim=True)
+        if not late:
+            weight = weight / total
+        part = torch.bmm(weight.to(q.dtype).view(batch * groups, each * count, end), v[:, :end])
+        part = part / total.view(batch * groups, each * count, 1) if late else part
         parts.append(part.view(batch * groups, each, count, size))
     return torch.cat(parts, dim=2).view(batch, heads, length, size)
 

@@ -24,7 +24,7 @@ class Stepper:
         self.config, self.machine = config, set_up(config)
         self.model = RecurrentGPT(config.shape).initialize(config.recipe, 1).to(self.machine.device)
         self.optimizers = Optimizers(self.model, config.recipe)
-        self.rows = config.recipe.batch_tokens // config.recipe.sequence_length
+        self.rows = config.recipe.batch_tokens // config.recipe.sequence_length // self.machine.world
         self.generator = np.random.default_rng(0)
         began = self.machine.now()
         compile_model(self.model, self.machine.compile)
@@ -43,6 +43,7 @@ class Stepper:
         """One step on a batch's micro-batches."""
         self.optimizers.zero_grad()
         accumulate(self.model, micro, self.machine, self.config.shape.loops)
+        self.optimizers.reduce_gradients()
         self.optimizers.gradient_norm()
         self.optimizers.step(0.5)
 

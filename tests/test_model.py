@@ -192,7 +192,7 @@ def test_short_rows_attend_alike_compiled_and_not(length):
     exact = [y, *torch.autograd.grad(y.square().sum(), exact)]
     for ours, plain, true in zip(*results, exact, strict=True):
         errors = [float((found.double() - true).norm() / true.norm()) for found in (ours, plain)]
-        assert errors[0] <= max(1.5 * errors[1], 0.005), errors
+        assert errors[0] <= 2.5 * errors[1], errors
 
 
 def test_more_loops_add_no_parameters():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import run
 from torch import nn
 
 from golf.config import Recipe
@@ -127,3 +128,43 @@ def test_clipping_bounds_the_norm_and_a_bad_gradient_shows():
     assert optimizers.gradient_norm() == pytest.approx(1.0, rel=1e-3)
     model.embedding.grad[0, 0] = float("nan")
     assert not torch.isfinite(torch.tensor(optimizers.gradient_norm()))
+
+
+TWO_RANKS = """
+import torch, torch.distributed as dist
+from golf.config import Recipe
+from golf.model import RecurrentGPT
+from golf.muon import Optimizers
+from golf.overlap import optimizers_for
+from golf.shape import Shape
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+shape = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=2)  # odd numbers of matrices
+recipe = Recipe(clip_norm=0.5, newton_schulz="polar-express", row_normalize=True, matrix_decay=0.1, shared_rate="divided")
+models = [RecurrentGPT(shape).initialize(recipe, 3) for _ in range(2)]
+both = [optimizers_for(model, recipe, overlap) for model, overlap in zip(models, (False, True))]
+assert type(both[0]) is Optimizers and type(both[1]) is not Optimizers
+for step in range(4):
+    tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(10 * step + rank))
+    norms = []
+    for model, optimizers in zip(models, both):
+        optimizers.zero_grad()
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizers.reduce_gradients()
+        norms.append(optimizers.gradient_norm())
+        optimizers.step(step / 4)
+    assert abs(norms[0] - norms[1]) < 1e-5 * norms[0], norms
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name} after step {step}: {text}")
+if rank == 0:
+    print("alike")
+dist.destroy_process_group()
+"""
+
+
+def test_overlapped_optimizers_of_two_ranks_do_as_the_plain_ones(tmp_path):
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script)
+    assert done.returncode == 0 and "alike" in done.stdout, done.stdout + done.stderr
