@@ -197,7 +197,7 @@ def rescore(
         raise UsageError(f"{target} exists already, name another folder.")
     shutil.copytree(source, target)
     write_bytes(target / "model.bin", with_note(data, note))
-    measured, adapts = folders.sizes(target), scoring.adapt_rank > 0
+    measured, adapts = folders.sizes(target), scoring.adapts
     records.write(target, replace(
         record, stride=scoring.stride, chunk=scoring.chunk if adapts else 0, adapts=adapts, val_bpb=None, val_loss=None,
         eval_seconds=None, bytes_model=measured.weights, bytes_total=measured.total,

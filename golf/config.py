@@ -38,8 +38,9 @@ class Recipe:
     """Adam's learning rate for the tied embedding."""
     scalar_rate: float = 0.04
     """Adam's learning rate for control vectors."""
-    shared_rate: Literal["same", "divided"] = "same"
-    """Divide the rate of a shared block's matrices by its passes, or leave it to Muon's normalisation."""
+    shared_rate: float = 1.0
+    """Factor on the rate of a shared block's matrices; 0 divides it by the block's passes, 1 leaves it to Muon's
+    normalisation."""
     random_loops: bool = False
     """Draw the number of passes anew each step, from 1 to the shape's, once repeats are on."""
     loops_from: float = 0.0
@@ -151,9 +152,16 @@ class Scoring:
     """Targets between two steps."""
     per_document: bool = True
     """Forget at the start of each document."""
+    ngram_order: int = 0
+    """Longest context whose successors in the scored text sharpen the model's distribution; 0 counts nothing."""
     phase_tokens: int = 0
     """Targets after which one pass over them is made that is never forgotten; 0 makes none."""
     phase_rate: float = 1e-3
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the scorer learns from what was scored."""
+        return self.adapt_rank > 0 or self.ngram_order > 0
 
 
 @dataclass(frozen=True)
@@ -250,6 +258,8 @@ class Config:
         check_recipe(self.recipe, self.run, world_size)
         check_pack(self.pack)
         check_scoring(self.scoring, self.recipe.sequence_length)
+        fits = self.shape.vocab_size ** (self.scoring.ngram_order + 1) < 1 << 63
+        require(fits, "scoring.ngram_order", self.scoring.ngram_order, "too long for this vocabulary, give less")
         step = self.recipe.noise_step or self.pack.matrix_step
         told = self.recipe.grid_noise == "off" or step > 0
         require(told, "recipe.noise_step", self.recipe.noise_step, "name the grid's step in row deviations")
@@ -325,8 +335,8 @@ def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:
     ):
         value = getattr(recipe, name)
         require(0 <= value <= 1, f"recipe.{name}", value, "give a fraction from 0 to 1")
-    for name in ("matrix_rate", "embed_rate", "scalar_rate", "matrix_decay", "embed_decay", "clip_norm", "embed_std",
-                 "noise_step"):  # fmt: skip
+    for name in ("matrix_rate", "embed_rate", "scalar_rate", "shared_rate", "matrix_decay", "embed_decay", "clip_norm",
+                 "embed_std", "noise_step"):  # fmt: skip
         value = getattr(recipe, name)
         require(0 <= value < float("inf"), f"recipe.{name}", value, "give 0 or more")
     for name in ("adam_beta1", "adam_beta2"):
@@ -353,6 +363,7 @@ def check_scoring(scoring: Scoring, context: int) -> None:
     """Raise UsageError for a scorer that cannot be asked so."""
     require(0 <= scoring.stride <= context, "scoring.stride", scoring.stride, f"give 0 to {context}, the row's length")
     require(0 <= scoring.adapt_rank <= 1024, "scoring.adapt_rank", scoring.adapt_rank, "give 0 to 1,024")
+    require(0 <= scoring.ngram_order <= 3, "scoring.ngram_order", scoring.ngram_order, "give 0 to 3")
     require(scoring.phase_tokens >= 0, "scoring.phase_tokens", scoring.phase_tokens, "give 0 or more")
     for name in ("chunk", "adapt_context"):
         require(2 <= getattr(scoring, name) <= 1 << 20, f"scoring.{name}", getattr(scoring, name), "give 2 or more")

@@ -41,6 +41,7 @@ ROLES = {
     "attn_gate": Role("scalar", "zero"),
     "smear": Role("scalar", "zero"),
     "pass_signal": Role("scalar", "zero"),
+    "pass_mix": Role("scalar", "zero"),
     "bigram": Role("embed", "embed"),
     "bigram_out": Role("muon", "zero"),
     "value_table": Role("embed", "zero"),
@@ -242,6 +243,8 @@ class RecurrentGPT(nn.Module):
             self.smear = nn.Parameter(torch.empty(1, GATE_CHANNELS + 1))
         if shape.pass_signal:
             self.pass_signal = nn.Parameter(torch.empty(PASS_WAVES, shape.width))
+        if shape.pass_mix:
+            self.pass_mix = nn.Parameter(torch.empty(shape.core, shape.width))
         if shape.bigram_rows:
             self.bigram = nn.Parameter(torch.empty(shape.bigram_rows, shape.bigram_width))
             self.bigram_out = nn.Parameter(torch.empty(shape.width, shape.bigram_width))
@@ -310,7 +313,7 @@ class RecurrentGPT(nn.Module):
         x0, lane, pushed = x, None, []
         own = self.own_values(tokens, dtype) if shape.value_blocks else None
         layers, pops = shape.layers(loops), shape.skip_layers(loops)
-        passes = [0] * shape.unique_layers
+        passes, made = [0] * shape.unique_layers, {}
         for layer, (block, row) in enumerate(layers):
             if shape.lanes and layer == len(layers) // 2:
                 lane = x
@@ -318,6 +321,8 @@ class RecurrentGPT(nn.Module):
                 x = x + self.skip_weight[self.skip_rows[row]].to(dtype) * pushed.pop()
             if shape.pass_signal and shape.passes(block) > 1:
                 x = x + (self.wave(passes[block], x).to(self.pass_signal) @ self.pass_signal).to(dtype)
+            if shape.pass_mix and passes[block]:
+                x = x + self.pass_mix[block - shape.prelude].to(dtype) * made[block]
             passes[block] += 1
             x = self.blocks[block](
                 x, x0, cos, sin, self.attn_scale[row], self.mlp_scale[row], self.resid_mix[row], self.qk_gain[row],
@@ -328,6 +333,7 @@ class RecurrentGPT(nn.Module):
             )  # fmt: skip
             if lane is not None:
                 x, lane = x
+            made[block] = x
             if layer < pops.start:
                 pushed.append(x)
         x = x if lane is None else (x + lane) / 2

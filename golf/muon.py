@@ -56,7 +56,7 @@ class Matrices:
 
     parameters: list[nn.Parameter]
     momentum: Tensor  # (N, R, C)
-    rate_factor: Tensor  # (N, 1, 1): aspect ratio, and passes of a shared block where the recipe divides by them
+    rate_factor: Tensor  # (N, 1, 1): aspect ratio, and what the recipe says of shared blocks
 
 
 class Muon:
@@ -76,8 +76,8 @@ class Muon:
         self.groups = []
         for (rows, columns), members in by_shape.items():
             aspect = max(1.0, rows / columns) ** 0.5
-            divide = recipe.shared_rate == "divided"
-            factors = [aspect / (passes.get(name, 1) if divide else 1) for name, _ in members]
+            shared = {name: recipe.shared_rate or 1 / n for name, n in passes.items() if n > 1}
+            factors = [aspect * shared.get(name, 1.0) for name, _ in members]
             parameters = [p for _, p in members]
             device = parameters[0].device
             momentum = torch.zeros(len(members), rows, columns, device=device)

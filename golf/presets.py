@@ -16,12 +16,14 @@ def seed_table(name: str, width: int, unique: int, loops: int) -> Config:
     """A row of the looping proposal: `unique` blocks run `loops` times, head size 64, half as many KV heads."""
     heads = width // 64
     shape = Shape(width=width, heads=heads, kv_heads=heads // 2, core=unique, loops=loops)
-    return Config(name, "contest", shape, Recipe(shared_rate="divided"))
+    return Config(name, "contest", shape, Recipe(shared_rate=0.0))
 
 
-LAPTOP_SHAPE = Shape(width=128, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3)
+LAPTOP_SHAPE = Shape(
+    vocab_size=4096, width=128, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3, activation="leaky-relu2"
+)  # fmt: skip
 LAPTOP_RECIPE = Recipe(
-    sequence_length=256, batch_tokens=8192, loader="lanes", matrix_rate=0.03, embed_rate=0.05, scalar_rate=0.03,
+    sequence_length=256, batch_tokens=4096, loader="lanes", matrix_rate=0.03, embed_rate=0.05, scalar_rate=0.03,
     momentum_warmup=0.1, warmdown=1.0, newton_schulz="polar-express", row_normalize=True, clip_norm=1.0,
     loops_from=0.6,
 )  # fmt: skip
@@ -71,8 +73,8 @@ PRESETS = {
         ),
         Config(
             "smoke", "smoke",
-            Shape(width=96, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3),
-            replace(LAPTOP_RECIPE, batch_tokens=4096),
+            replace(LAPTOP_SHAPE, vocab_size=1024, width=96),
+            LAPTOP_RECIPE,
             Pack(calibration_batches=2),  # 16 took 5 of its 60 seconds, and its artifact has room
         ),
     )

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from golf.codec import load_artifact, read_note
 from golf.config import Scoring, fields_from_dict
 from golf.model import RecurrentGPT
+from golf.ngrams import RunCache
 from golf.shape import Shape
 
 LOGITS_AT_A_TIME = 1 << 25
@@ -69,7 +70,8 @@ class Scorer:
         self.model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
         self.model.to(self.device).eval().requires_grad_(False)
         self.vocab = shape.vocab_size
-        if self.scoring.adapt_rank:
+        self.runs = RunCache(self.vocab, self.scoring.ngram_order) if self.scoring.ngram_order else None
+        if self.scoring.adapts:
             self.adapt, self.reset = self.learn, self.forget  # offered only where it is declared
             self.forget()
 
@@ -90,7 +92,11 @@ class Scorer:
     @torch.no_grad()
     def logprobs(self, tokens: np.ndarray) -> np.ndarray:
         """tokens (B, T) int64 -> natural-log probabilities (B, T, V) float32 of the piece after each position."""
-        return torch.log_softmax(self.run(self.weights(), tokens), dim=-1).cpu().numpy()
+        logprobs = torch.log_softmax(self.run(self.weights(), tokens), dim=-1).cpu().numpy()
+        if self.runs:
+            rows = [np.log(self.runs.spread(row, np.exp(p))) for row, p in zip(tokens, logprobs, strict=True)]
+            logprobs = np.stack(rows).astype(np.float32)
+        return logprobs
 
     @torch.no_grad()
     def score(self, tokens: np.ndarray) -> np.ndarray:
@@ -102,10 +108,18 @@ class Scorer:
             logprobs = torch.log_softmax(self.run(weights, part[:, :-1]), dim=-1)
             targets = torch.from_numpy(np.ascontiguousarray(part[:, 1:, None])).to(self.device)
             parts.append(logprobs.gather(-1, targets)[..., 0].cpu().numpy())
-        return np.concatenate(parts)
+        scores = np.concatenate(parts)
+        if self.runs:
+            rows = [np.log(self.runs.score(row, np.exp(p))) for row, p in zip(tokens, scores, strict=True)]
+            scores = np.stack(rows).astype(np.float32)
+        return scores
 
     def forget(self) -> None:
-        """Return to the packed weights."""
+        """Return to the packed weights, and to no text."""
+        if self.runs:
+            self.runs.clear()
+        if not self.scoring.adapt_rank:
+            return
         self.passing = Adapters(self.model, self.scoring.adapt_rank, self.scoring.adapt_rate)
         self.lasting = Adapters(self.model, self.scoring.adapt_rank, self.scoring.phase_rate)
         self.recent = np.zeros(0, dtype=np.int64)
@@ -114,6 +128,10 @@ class Scorer:
 
     def learn(self, tokens: np.ndarray, documents: np.ndarray) -> None:
         """One step on tokens (N,) whose scores stand, after those before them; their documents' numbers (N,)."""
+        if self.runs:
+            self.runs.learn(tokens, documents)
+        if not self.scoring.adapt_rank:
+            return
         if self.scoring.phase_tokens:
             self.waiting.append(tokens)
             if sum(map(len, self.waiting)) >= self.scoring.phase_tokens:

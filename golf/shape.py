@@ -12,6 +12,7 @@ TENSOR_CLASSES = {
     "embedding": "embed", "query": "matrix", "key": "matrix", "value": "matrix", "out": "matrix", "up": "matrix",
     "down": "matrix", "attn_scale": "control", "mlp_scale": "control", "resid_mix": "control", "qk_gain": "control",
     "skip_weight": "control", "gate": "matrix", "attn_gate": "control", "smear": "control", "pass_signal": "control",
+    "pass_mix": "control",
     "bigram": "embed", "bigram_out": "matrix", "value_table": "embed", "lane_mix": "control",
 }  # fmt: skip
 
@@ -72,6 +73,8 @@ class Shape:
     """Add a gated share of the previous piece's embedding, but not across the start of a document."""
     pass_signal: bool = False
     """Tell a shared block by a learned vector, scaled by a sine of the pass, which pass it is."""
+    pass_mix: bool = False
+    """Add a learned share of what a shared block made a pass ago to what it reads (a skip across repeats)."""
     bigram_rows: int = 0
     """Rows of a hashed table of pairs of pieces whose rows are projected and added to the embedding; 0 is none."""
     bigram_width: int = 32
@@ -185,6 +188,8 @@ class Shape:
             table["smear"] = (1, GATE_CHANNELS + 1)
         if self.pass_signal:
             table["pass_signal"] = (PASS_WAVES, width)
+        if self.pass_mix:
+            table["pass_mix"] = (self.core, width)
         if self.bigram_rows:
             table["bigram"] = (self.bigram_rows, self.bigram_width)
             table["bigram_out"] = (width, self.bigram_width)

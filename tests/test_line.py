@@ -173,7 +173,7 @@ def test_two_ranks_train_like_one(corpus, tmp_path):
         corpus,
         "--run.no-judge",
         "--recipe.shared-rate",
-        "divided",
+        "0",
     ]
     alone = run("train_gpt.py", *flags, "--run.runs", tmp_path / "1")
     pair = launch(2, *flags, "--run.runs", tmp_path / "2")

@@ -78,10 +78,10 @@ def test_row_normalisation_divides_rows_before_orthogonalising():
     torch.testing.assert_close(p.detach().double(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_shared_blocks_rate_is_divided_by_their_passes_when_asked():
+def test_shared_blocks_rate_is_divided_by_their_passes_or_lowered_when_asked():
     shape = Shape(vocab_size=64, width=16, heads=2, kv_heads=1, prelude=1, core=1, loops=4)
     moved = {}
-    for shared in ("same", "divided"):
+    for shared in (1.0, 0.0, 0.3):
         recipe = Recipe(shared_rate=shared, warmdown=0.0)
         model = RecurrentGPT(shape).initialize(recipe, 0)
         start = [b.query.detach().clone() for b in model.blocks]
@@ -90,8 +90,9 @@ def test_shared_blocks_rate_is_divided_by_their_passes_when_asked():
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(9))
         optimizers.step(0.0)
         moved[shared] = [(b.query - s).norm().item() for b, s in zip(model.blocks, start, strict=True)]
-    assert moved["divided"][0] == pytest.approx(moved["same"][0])  # the prelude runs once
-    assert moved["divided"][1] == pytest.approx(moved["same"][1] / 4)
+    assert moved[0.0][0] == pytest.approx(moved[1.0][0])  # the prelude runs once
+    assert moved[0.0][1] == pytest.approx(moved[1.0][1] / 4)
+    assert moved[0.3][1] == pytest.approx(moved[1.0][1] * 0.3)
 
 
 def test_every_parameter_has_exactly_one_optimizer():
@@ -141,7 +142,7 @@ from golf.shape import Shape
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 shape = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=2)  # odd numbers of matrices
-recipe = Recipe(clip_norm=0.5, newton_schulz="polar-express", row_normalize=True, matrix_decay=0.1, shared_rate="divided")
+recipe = Recipe(clip_norm=0.5, newton_schulz="polar-express", row_normalize=True, matrix_decay=0.1, shared_rate=0.0)
 models = [RecurrentGPT(shape).initialize(recipe, 3) for _ in range(2)]
 both = [optimizers_for(model, recipe, overlap) for model, overlap in zip(models, (False, True))]
 assert type(both[0]) is Optimizers and type(both[1]) is not Optimizers

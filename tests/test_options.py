@@ -22,10 +22,10 @@ from golf.shape import BOS, Shape
 SHAPE = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=3)
 OPTIONS = [
     {"activation": "leaky-relu2"}, {"activation": "swiglu"}, {"rotary_share": 0.5}, {"depth_scale": True},
-    {"exclusive": True}, {"attn_gate": True}, {"smear": True}, {"pass_signal": True},
+    {"exclusive": True}, {"attn_gate": True}, {"smear": True}, {"pass_signal": True}, {"pass_mix": True},
     {"bigram_rows": 50, "bigram_width": 8}, {"value_blocks": 1}, {"value_blocks": 3}, {"lanes": True},
     {"activation": "swiglu", "rotary_share": 0.25, "depth_scale": True, "exclusive": True, "attn_gate": True,
-     "smear": True, "pass_signal": True, "pass_scalars": True, "bigram_rows": 50, "value_blocks": 2, "lanes": True},
+     "smear": True, "pass_signal": True, "pass_mix": True, "pass_scalars": True, "bigram_rows": 50, "value_blocks": 2, "lanes": True},
 ]  # fmt: skip
 
 
