@@ -44,6 +44,8 @@ test-all: .venv/.installed
 bench: .venv/.installed
 	$(PY) bench/train_speed.py
 	$(PY) bench/step_speed.py
+	$(PY) bench/step_profile.py
+	$(PY) bench/scaling.py
 	$(PY) bench/prepare_speed.py
 	$(PY) bench/start_speed.py
 

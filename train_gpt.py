@@ -134,7 +134,8 @@ def validate(
     for index, (inputs, targets) in enumerate(windows(tokens, length, max(1, VALIDATION_TOKENS // length))):
         if index % machine.world == machine.rank:
             given, wanted = (torch.from_numpy(a).to(machine.device) for a in (inputs, targets))
-            nats += float(model.head_loss(model.hidden(given, machine.dtype, loops), wanted)) * targets.size
+            hidden = model.hidden(given, machine.dtype, loops, config.scoring.isolate)
+            nats += float(model.head_loss(hidden, wanted)) * targets.size
             count += targets.size
     nats, count = machine.total([nats, count])
     return Score(nats, int(count), text_bytes)
@@ -188,7 +189,7 @@ def train(
             source = source_from(length, result.steps)
         optimizers.zero_grad()
         with noise.added(progress):
-            local_loss = accumulate(model, next(source), machine, loops)
+            local_loss = accumulate(model, next(source), machine, loops, recipe.isolate)
         optimizers.reduce_gradients()
         norm = optimizers.gradient_norm()
         loss = machine.total([float(local_loss)])[0] / machine.world

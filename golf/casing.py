@@ -28,8 +28,18 @@ def in_one_run(text: str) -> list[str]:
     return parts
 
 
+def marked(word: re.Match[str]) -> str:
+    """A word of ASCII letters, at least one of them a capital."""
+    letters = word[0]
+    if len(letters) > 1 and letters.isupper():
+        return WORD + letters.lower()
+    return "".join(CAPITAL + c.lower() if c.isupper() else c for c in letters)
+
+
 def lower(text: str) -> str:
     """Text without paired capitals."""
+    if text.isascii():
+        return re.sub("[a-z]*[A-Z][A-Za-z]*", marked, text)
     out = []
     for run in in_one_run(text):
         if not paired(run[0]):
@@ -57,3 +67,14 @@ def restore(text: str) -> str:
         out.append(following if mark == LITERAL else following.upper())
         at = end
     return "".join(out)
+
+
+def widths(text: str) -> list[int]:
+    """UTF-8 bytes of the original that each character of lower(text) stands for: marks stand for none."""
+    original, out = iter(text), []
+    literal = False
+    for c in lower(text):
+        mark = c in (CAPITAL, WORD, LITERAL) and not literal
+        literal = mark and c == LITERAL
+        out.append(0 if mark else len(next(original).encode()))
+    return out

@@ -28,6 +28,8 @@ class Recipe:
     loader: Literal["sequential", "lanes", "strided"] = "sequential"
     """Rows of a batch are neighbours in the text, or each follows a lane of its own through all of it, or they lie a
     stride apart that visits every row once."""
+    isolate: bool = False
+    """Attend within a document only."""
     short_length: int = 0
     """Tokens a row at first, batches as large; 0 is the same length throughout."""
     short_until: float = 0.5

@@ -79,6 +79,11 @@ class Corpus:
             raise UsageError(f"{option} {folder}: {path.name} lacks {error}; prepare it again.") from error
 
     @property
+    def transform(self) -> str:
+        """What was done to the text before the tokenizer saw it: none or case."""
+        return str(self.manifest["tokenizer"].get("transform", "none"))
+
+    @property
     def tokenizer(self) -> Path:
         return self.folder / "tokenizer.model"
 

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 import zstandard
 
-from golf import contest, sources
+from golf import casing, contest, sources
 from golf.bpb import SPACE, ByteTable
 from golf.config import UsageError
 from golf.console import Stage, parse, run_script
@@ -37,6 +37,7 @@ BATCH_BYTES = 4_000_000  # text tokenised at a time
 SAMPLE_BYTES = 8_000_000  # text the tokenizer is trained on
 FEW = 50  # fewer documents than this are cut into pieces, so that a share of them can be held out
 PIECE = 8_000
+SIDECAR = "val_bytes_000000.bin"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Options:
     shuffle: int = 1
     cut: int = 0
     hold_out: bool = False
+    transform: str = "none"
 
     def check(self) -> Options:
         for name, low, high in (
@@ -62,8 +64,14 @@ class Options:
         return self
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
+def transformed(text: str, transform: str) -> str:
+    """What the tokenizer sees of a text."""
+    return casing.lower(text) if transform == "case" else text
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int, marks: str = "") -> bytes:
     """A SentencePiece BPE model for which decode(encode(x)) == x: identity normalisation, byte fallback, no prefix.
+    Each of `marks` is a piece of its own.
 
     Raises UsageError when the text is too small for the vocabulary.
     """
@@ -76,6 +84,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
             model_type="bpe", byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
             remove_extra_whitespaces=False, character_coverage=0.9995, pad_id=0, bos_id=BOS, eos_id=2, unk_id=3,
             max_sentence_length=1 << 28, num_threads=os.cpu_count() or 1, minloglevel=2, required_chars=SPACE,
+            user_defined_symbols=list(marks),
         )  # fmt: skip
     except RuntimeError as error:
         raise UsageError(
@@ -150,7 +159,36 @@ def encode_batch(table: ByteTable, texts: list[str]) -> list[list[int]]:
     return rows
 
 
-def write_split(spool: Spool, indices: np.ndarray, table: ByteTable, writer: ShardWriter, stage: Stage) -> Counts:
+def token_bytes(table: ByteTable, text: str, tokens: np.ndarray) -> np.ndarray:
+    """Bytes of the original text that each token of transformed text stands for, uint16 (N,), BOS's included.
+
+    Raises UsageError when the tokens are not those of the text.
+    """
+    characters = casing.lower(text)
+    of_byte = np.zeros(len(characters.encode()), dtype=np.int64)
+    starts = np.cumsum([0, *(len(c.encode()) for c in characters)])[:-1]
+    of_byte[starts] = casing.widths(text)
+    sums = np.concatenate(([0], np.cumsum(of_byte)))
+    ends = np.concatenate(([0], np.cumsum(table.length[tokens])))
+    if ends[-1] != of_byte.size:
+        raise UsageError("The tokenizer loses bytes of the transformed text; use one with identity normalisation.")
+    return np.diff(sums[ends]).astype(np.uint16)
+
+
+def write_sidecar(spool: Spool, indices: np.ndarray, table: ByteTable, out: Path) -> tuple[str, int]:
+    """Beside validation tokens of transformed text: the original bytes of each, as one shard. Its name and the sum."""
+    parts = []
+    for text in spool.texts(indices):
+        tokens = np.array([BOS, *table.encode(casing.lower(text))])
+        parts.append(token_bytes(table, text, tokens))
+    found = np.concatenate(parts)
+    write_shard(out / SIDECAR, found)
+    return SIDECAR, int(found.sum())
+
+
+def write_split(
+    spool: Spool, indices: np.ndarray, table: ByteTable, writer: ShardWriter, stage: Stage, transform: str = "none"
+) -> Counts:
     """Tokenise documents in order and write them as shards, BOS before each."""
     counts = writer.counts
     indices = indices[counts.documents :]
@@ -159,7 +197,7 @@ def write_split(spool: Spool, indices: np.ndarray, table: ByteTable, writer: Sha
     size = 0
 
     def encode() -> None:
-        rows = encode_batch(table, batch)
+        rows = encode_batch(table, [transformed(text, transform) for text in batch])
         decoded = table.processor.decode(rows, num_threads=os.cpu_count() or 1)
         for text, row, back in zip(batch, rows, decoded, strict=True):
             tokens = np.array([BOS, *row], dtype=np.uint16)
@@ -169,7 +207,7 @@ def write_split(spool: Spool, indices: np.ndarray, table: ByteTable, writer: Sha
             counts.bytes += length
             counts.tokens += tokens.size
             counts.counted_bytes += counted
-            counts.lossy_documents += back != text
+            counts.lossy_documents += back != transformed(text, transform)
             writer.add(tokens)
         writer.flush()
         stage.advance(size)
@@ -214,27 +252,32 @@ def prepare(source: Source, out: Path, options: Options) -> dict:
           "that equal a validation document up to white space.")  # fmt: skip
     if options.shuffle:
         np.random.default_rng(options.shuffle).shuffle(train)
-    model = given_model or make_tokenizer(spool, train, work / "tokenizer.model", options.vocab_size)
+    model = given_model or make_tokenizer(spool, train, work / "tokenizer.model", options)
     table = ByteTable(model)
     if (out / "manifest.json").exists():
         (out / "manifest.json").unlink()  # from here on the shards are not those it describes
     counts = {}
     for name, indices in (("val", validation), ("train", train)):
         with Stage(f"tokenising {name}", int(spool.length[indices].sum()), "B") as stage:
-            counts[name] = write_split(spool, indices, table, ShardWriter(out, name, options.shard_tokens, work), stage)
+            writer = ShardWriter(out, name, options.shard_tokens, work)
+            counts[name] = write_split(spool, indices, table, writer, stage, options.transform)
+    sidecar = ""
+    if options.transform == "case":
+        sidecar, counts["val"].counted_bytes = write_sidecar(spool, validation, table, out)
     write_bytes(out / "tokenizer.model", model)
     write_texts(spool, validation, out / "val.jsonl")
     manifest = {
         "name": source.name, "fingerprint": source.edition + spool.hexdigest()[:16], "attribution": source.attribution,
         "tokenizer": {
             "kind": "sentencepiece", "vocab_size": table.vocab_size, "sha256": hashlib.sha256(model).hexdigest(),
+            "transform": options.transform,
         },
         "splits": {name: asdict(c) for name, c in counts.items()}, "dropped": dropped,
         "validation_threshold": threshold, "request": request,
     }  # fmt: skip
     write_bytes(out / "manifest.json", json.dumps(manifest, indent=1).encode())
     shutil.rmtree(work, ignore_errors=True)
-    used = {file for c in counts.values() for file in c.files}
+    used = {sidecar, *(file for c in counts.values() for file in c.files)}
     for shard in [*out.glob("train_*.bin"), *out.glob("val_*.bin")]:
         if shard.name not in used:  # of an earlier, longer preparation
             shard.unlink()
@@ -274,14 +317,16 @@ def spool_documents(source: Source, path: Path, options: Options) -> Spool:
     return spool
 
 
-def make_tokenizer(spool: Spool, train: np.ndarray, path: Path, vocab_size: int) -> bytes:
+def make_tokenizer(spool: Spool, train: np.ndarray, path: Path, options: Options) -> bytes:
     """A tokenizer trained on a sample of the train documents, or the one an interrupted preparation trained."""
     if path.exists():
         return path.read_bytes()
     order = np.random.default_rng(0).permutation(train)
     sample = order[: int(np.searchsorted(np.cumsum(spool.length[order]), SAMPLE_BYTES)) + 1]
     with Stage("training the tokenizer", 0, ""):
-        model = train_tokenizer(spool.texts(sample), vocab_size)
+        texts = (transformed(text, options.transform) for text in spool.texts(sample))
+        marks = casing.CAPITAL + casing.WORD + casing.LITERAL if options.transform == "case" else ""
+        model = train_tokenizer(texts, options.vocab_size, marks)
     write_bytes(path, model)
     return model
 
@@ -319,6 +364,8 @@ class Arguments:
     """Pieces of the tokenizer to train."""
     tokenizer: str = ""
     """Use this SentencePiece model (.model or .model.zst) instead of training one."""
+    transform: Literal["none", "case"] = "none"
+    """case: capitals as marks before small letters, undone after decoding; the referee does the same."""
     shuffle: int = 1
     """Seed of the train documents' order; 0 keeps it."""
     cut: int = 0
@@ -379,7 +426,7 @@ def main() -> None:
     else:
         options = Options(
             arguments.vocab_size, arguments.tokenizer, arguments.validation_share, arguments.shard_tokens,
-            arguments.shuffle, arguments.cut, arguments.hold_out,
+            arguments.shuffle, arguments.cut, arguments.hold_out, arguments.transform,
         )  # fmt: skip
         source = make_source(arguments)
         out = Path(arguments.out or f"data/{source.name}")

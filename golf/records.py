@@ -229,7 +229,7 @@ def from_run(
         fingerprint=config.fingerprint, corpus=corpus.name, corpus_fingerprint=corpus.fingerprint,
         tokenizer_sha256=str(corpus.manifest["tokenizer"].get("sha256", "")),
         tokenizer={
-            "kind": "sentencepiece", "file": "tokenizer.model", "transform": "none",
+            "kind": "sentencepiece", "file": "tokenizer.model", "transform": corpus.transform,
             "sha256": str(corpus.manifest["tokenizer"].get("sha256", "")),
         },
         context=config.recipe.sequence_length, stride=config.scoring.stride, adapts=config.scoring.adapts,

@@ -176,11 +176,13 @@ def load(data: Path, submission: Submission) -> Validation:
     corpus = Corpus(data, "--data")
     canonical = corpus.tokenizer.read_bytes() if corpus.tokenizer.is_file() else b""
     tokenizer = Tokenizer(submission, canonical)
-    if tokenizer.model == canonical and tokenizer.transform == "none":
+    if tokenizer.model == canonical and tokenizer.transform == corpus.transform == "none":
         return from_shards(corpus, tokenizer)
     table = ByteTable(canonical)
     stream = documents(np.concatenate(corpus.shards("val")), table.bos)
     texts = (table.processor.decode(d.tolist()) for d in stream)
+    if corpus.transform == "case":
+        texts = map(casing.restore, texts)
     return from_texts(
         texts, tokenizer, "text of shards", corpus=corpus.name, corpus_fingerprint=corpus.fingerprint
     )  # fmt: skip

@@ -30,3 +30,16 @@ def test_every_letter_comes_back_alone_and_in_a_word():
 ])  # fmt: skip
 def test_words_share_their_small_letters(text, told):
     assert casing.lower(text) == told
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(), st.text(alphabet=letters)))
+def test_widths_are_the_bytes_of_the_original(text):
+    found = casing.widths(text)
+    assert len(found) == len(casing.lower(text)) and sum(found) == len(text.encode())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet=st.characters(max_codepoint=127)))
+def test_ascii_goes_the_same_way_as_any_text(text):
+    assert casing.lower(text) + "文" == casing.lower(text + "文")

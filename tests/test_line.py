@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, TINY, run
 
 import train_gpt
-from golf import records
+from golf import prepare, records, sources
 from golf.config import UsageError
 from golf.console import run_script
 
@@ -161,6 +161,17 @@ def test_the_same_seed_gives_the_same_artifact(trained, corpus, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (only(tmp_path) / "model.bin").read_bytes() == (folder / "model.bin").read_bytes()
     assert [r["loss"] for r in rows(only(tmp_path), "step")] == [r["loss"] for r in rows(folder, "step")]
+
+
+@pytest.mark.slow
+def test_a_model_of_transformed_capitals_is_judged_on_the_original_bytes(library_texts, tmp_path):
+    source = sources.Source("cased", lambda: iter(library_texts), {"source": "cased"}, [])
+    manifest = prepare.prepare(source, tmp_path / "data", prepare.Options(vocab_size=512, transform="case"))
+    flags = [*TINY, "--run.max-steps", 3, "--run.data", tmp_path / "data", "--run.runs", tmp_path / "runs"]
+    done = run("train_gpt.py", "smoke", *flags)
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads((only(tmp_path / "runs") / "verdict.json").read_text())
+    assert verdict["valid"] and verdict["val_bytes"] == manifest["splits"]["val"]["counted_bytes"], verdict
 
 
 def test_two_ranks_train_like_one(corpus, tmp_path):

@@ -19,7 +19,7 @@ import pytest
 import zstandard
 from conftest import ROOT, run
 
-from golf import prepare, sources, spool
+from golf import casing, prepare, sources, spool
 from golf.bpb import ByteTable, documents
 from golf.config import UsageError
 from golf.data import Corpus, read_shard, write_shard
@@ -58,6 +58,20 @@ def test_prepared_text_is_the_text(corpus, library_texts):
     assert counts["train"]["lossy_documents"] == 0
     shard = read_shard(corpus / "train_000000.bin")
     assert shard[0] == 1 and int((shard == 1).sum()) == len(train)
+
+
+def test_transformed_capitals_leave_the_text_and_its_bytes_as_they_were(tmp_path):
+    texts = [f"Document {n}: NASA and the Café met in PARIS. \ue001 stays.\n" * 20 for n in range(80)]
+    prepare.prepare(source_of(texts), tmp_path, prepare.Options(vocab_size=300, transform="case"))
+    data = Corpus(tmp_path)
+    validation = texts_of(tmp_path, "val")
+    assert data.transform == "case" and all(casing.lower(casing.restore(t)) == t for t in validation)
+    originals = [casing.restore(t) for t in validation]
+    assert set(originals) < set(texts) and data.manifest["splits"]["train"]["lossy_documents"] == 0
+    sidecar, tokens = read_shard(tmp_path / prepare.SIDECAR), np.concatenate(data.shards("val"))
+    assert sidecar.size == tokens.size and data.val_bytes == sum(len(t.encode()) for t in originals) == sidecar.sum()
+    starts = np.flatnonzero(tokens == 1)
+    assert list(np.add.reduceat(sidecar.astype(int), starts)) == [len(t.encode()) for t in originals]
 
 
 def test_documents_cut_from_one_file_stay_on_one_side(corpus, library_texts):
