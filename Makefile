@@ -28,7 +28,7 @@ ifneq ($(wildcard $(YARDSTICK_DATA)/fineweb_val_prefix.jsonl.zst),)
 	$(PY) -m golf.prepare files $(YARDSTICK_FILES) $(call YARDSTICK_TOKENIZER,1024) \
 		$(call YARDSTICK_VALIDATION,fineweb_docs_sample) --hold-out --name development
 	$(PY) -m golf.prepare files $(YARDSTICK_FILES) $(call YARDSTICK_TOKENIZER,4096) $(YARDSTICK_TIMES) \
-		$(call YARDSTICK_VALIDATION,fineweb_docs_sample) --hold-out --name development4096
+		$(call YARDSTICK_VALIDATION,fineweb_docs_sample) --name development4096
 else
 	@echo "YARDSTICK_DATA names no folder with the yardstick's text; nothing to do."
 endif

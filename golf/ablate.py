@@ -1,6 +1,8 @@
 """Variants against each other at equal time, steps, training FLOPs or bytes, seed by seed.
 
-    python -m golf.ablate FILE.toml [--again] [--table]
+    python -m golf.ablate FILE.toml [--pairs] [--table]
+    python -m golf.ablate --preset laptop --data data/english --equal steps --amount 400 --seeds 1 2 \
+        --variants control= "leaky=--shape.activation leaky-relu2" --results mine.jsonl
 
 FILE names a preset, the data, what is equal, seeds and variants:
 
@@ -25,6 +27,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -33,6 +36,7 @@ import time
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import tyro
@@ -67,11 +71,15 @@ class Plan:
 def read_plan(path: Path) -> Plan:
     """The plan in a TOML file. Raises UsageError naming the key that is wrong."""
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
+        return make_plan(tomllib.loads(path.read_text("utf-8")), str(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not TOML ({error}).") from error
+
+
+def make_plan(values: dict, path: str) -> Plan:
+    """A plan from what stands in `path`. Raises UsageError naming the key that is wrong."""
     kinds = {
         "preset": str, "data": str, "equal": str, "amount": (int, float), "seeds": list, "variants": dict,
         "flags": list, "judge": bool, "control": str,
@@ -298,8 +306,23 @@ def welch(control: list[float], scores: list[float]) -> float | None:
 class Arguments:
     """Compare variants; resumes where FILE.jsonl ends."""
 
-    file: tyro.conf.Positional[str]
-    """A plan in TOML."""
+    file: tyro.conf.Positional[str] = ""
+    """A plan in TOML; without one the options below are the plan."""
+    preset: str = ""
+    """Preset that is varied."""
+    data: str = "data/builtin"
+    """Prepared text."""
+    equal: Literal["time", "steps", "flops", "bytes"] = "steps"
+    """What all variants have alike."""
+    amount: float = 0.0
+    """Seconds, steps, training FLOPs, or bytes of the artifact."""
+    seeds: tuple[int, ...] = (1,)
+    variants: tuple[str, ...] = ()
+    """NAME=FLAGS each; the first is what others are compared with."""
+    judge: bool = False
+    """Score the packed artifacts by the referee."""
+    results: str = ""
+    """File of rows, JSON lines; FILE.jsonl when empty."""
     table: bool = False
     """Only print the table of what stands in the results."""
     pairs: bool = False
@@ -308,11 +331,22 @@ class Arguments:
     """Runs to do now; 0 is all."""
 
 
+def plan_of(arguments: Arguments) -> tuple[Plan, Path]:
+    """The plan, and the file of its rows. Raises UsageError."""
+    if arguments.file:
+        path = Path(arguments.file)
+        return read_plan(path), Path(arguments.results or path.with_suffix(".jsonl"))
+    if not arguments.results:
+        raise UsageError("Name a plan (FILE.toml), or a file of rows with --results beside --preset and --variants.")
+    named = [variant.partition("=") for variant in arguments.variants]
+    values = {name: getattr(arguments, name) for name in ("preset", "data", "equal", "amount", "judge")}
+    values |= {"seeds": list(arguments.seeds), "variants": {name: shlex.split(flags) for name, _, flags in named}}
+    return make_plan(values, "command line"), Path(arguments.results)
+
+
 def main() -> int:
     arguments = parse(tyro.cli, Arguments, prog="python -m golf.ablate")
-    path = Path(arguments.file)
-    plan = read_plan(path)
-    results = path.with_suffix(".jsonl")
+    plan, results = plan_of(arguments)
     rows = read_rows(results)
     todo = [] if arguments.table else wanted(plan, rows)
     todo = todo[: arguments.most] if arguments.most else todo

@@ -64,6 +64,15 @@ def test_a_plan_that_cannot_work_is_one_sentence(tmp_path, corpus, change, words
     assert done.returncode == 2 and words in done.stderr, done.stderr
 
 
+def test_a_plan_may_be_given_as_options(tmp_path, corpus):
+    words = ["--preset", "smoke", "--data", str(corpus), "--amount", "2", "--seeds", "3", "4", "--variants",
+             f"control={' '.join(TINY)}", f"slow={' '.join(TINY)} --recipe.matrix-rate 0.001"]  # fmt: skip
+    done = run("-m", "golf.ablate", *words, "--results", tmp_path / "x.jsonl", "--table")
+    assert done.returncode == 0 and "seeds [3, 4]" in done.stdout and "| slow |" in done.stdout, done.stderr
+    assert "--results" in run("-m", "golf.ablate", *words).stderr
+    assert "preset is missing" in run("-m", "golf.ablate", "--results", "x").stderr
+
+
 def row(variant: str, seed: int, bpb: float, **more: object) -> dict:
     return {"variant": variant, "seed": seed, "val_bpb": bpb, "equal": "time", "amount": 3, "cpu_share": 1.0,
             "steps": 10, "train_seconds": 1.0, "tokens_per_second": 9.0, "bytes_total": 5, "status": "complete", **more}  # fmt: skip

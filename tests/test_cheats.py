@@ -290,6 +290,7 @@ def trained(corpus, tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     [], ["--stride", 16], ["--isolate"], ["--adapt-rank", 2, "--chunk", 2048, "--phase-tokens", 8192],
+    ["--ngram-order", 3, "--chunk", 512, "--stride", 16],
 ])  # fmt: skip
 def test_our_own_model_passes_however_it_is_asked(trained, corpus, tmp_path, flags):
     done = run("artifact.py", "rescore", trained, tmp_path / "run", *flags)
