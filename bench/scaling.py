@@ -90,8 +90,9 @@ def main() -> None:
         found[axis] = {"rows": rows, "exponents": fits}
         if not arguments.json:
             for r in rows:
-                print(f"{axis:>14} {r['value']:>4}: {1e3 * r['seconds']:7.1f} ms  {r['seconds'] / rows[0]['seconds']:5.2f}x"
-                      f"  {r['bytes'] / 1e6:7,.0f} MB  {r['flops'] / 1e9:7.2f} GFLOP", flush=True)  # fmt: skip
+                ratio = r["seconds"] / rows[0]["seconds"]
+                print(f"{axis:>14} {r['value']:>4}: {1e3 * r['seconds']:7.1f} ms  {ratio:5.2f}x  "
+                      f"{r['bytes'] / 1e6:7,.0f} MB  {r['flops'] / 1e9:7.2f} GFLOP", flush=True)  # fmt: skip
             told = ", ".join(f"{key} {value:+.2f}" for key, value in fits.items())
             print(f"{axis:>14} exponents: {told}", flush=True)
     if arguments.json:

@@ -262,7 +262,8 @@ def table(plan: Plan, rows: list[dict]) -> str:
     unit = {"time": "s", "steps": "steps", "flops": "training FLOPs", "bytes": "bytes"}[plan.equal]
     lines = [
         f"Equal {plan.equal}: {plan.amount:g} {unit}, seeds {plan.seeds}{', judged' if plan.judge else ''}.\n",
-        f"| variant | bpb | sd | less than {control} | pairs' sd | Welch p | bytes | steps | ms/step | tokens/s | runs |",
+        f"| variant | bpb | sd | less than {control} | pairs' sd | Welch p | bytes | steps | ms/step | tokens/s "
+        "| runs |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in sorted(found, key=lambda v: mean([bpb_of(r) for r in found[v]])):

@@ -49,7 +49,7 @@ class CappedCrossEntropy(torch.autograd.Function):
     """Mean nats a target; the logits of all positions need not exist at once, and backward only scales."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, part: Callable) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, part: Callable) -> Tensor:
         flat, wanted, narrow = x.detach().flatten(0, -2), targets.flatten(), weight.detach().to(x.dtype)
         loss = torch.zeros((), device=x.device)
         to_x, to_weight = torch.empty_like(flat), torch.zeros_like(weight)
@@ -61,7 +61,7 @@ class CappedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:  # noqa: ANN001
+    def backward(ctx, gradient: Tensor) -> tuple:
         to_x, to_weight = ctx.saved_tensors
         return to_x * gradient.to(to_x.dtype), to_weight * gradient, None, None, None
 

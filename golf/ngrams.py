@@ -17,8 +17,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from golf.shape import BOS
 
 DISCOUNT = 0.7  # of every count, given to what was not seen
-# (document so far?, pieces of context, weight of the distribution below in counts), in the order they are applied; chosen
-# on the development split.
+# (document so far?, pieces of context, weight of the distribution below in counts), in the order they are applied;
+# chosen on the development split.
 STEPS = ((True, 1, 16.0), (False, 2, 128.0), (True, 2, 0.5), (False, 3, 4.0), (True, 3, 0.5))
 
 

@@ -16,7 +16,8 @@ from golf.config import Recipe
 from golf.model import RecurrentGPT
 from golf.muon import Matrices, Optimizers, orthogonalize
 
-gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the new name from torch 2.13 on
+# Its name from torch 2.13 on, and before.
+gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass

@@ -75,7 +75,8 @@ def test_a_plan_may_be_given_as_options(tmp_path, corpus):
 
 def row(variant: str, seed: int, bpb: float, **more: object) -> dict:
     return {"variant": variant, "seed": seed, "val_bpb": bpb, "equal": "time", "amount": 3, "cpu_share": 1.0,
-            "steps": 10, "train_seconds": 1.0, "tokens_per_second": 9.0, "bytes_total": 5, "status": "complete", **more}  # fmt: skip
+            "steps": 10, "train_seconds": 1.0, "tokens_per_second": 9.0, "bytes_total": 5, "status": "complete",
+            **more}  # fmt: skip
 
 
 def test_the_table_pairs_seeds_and_leaves_void_runs_out(tmp_path, corpus):

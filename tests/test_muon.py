@@ -141,7 +141,8 @@ from golf.shape import Shape
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-shape = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=2)  # odd numbers of matrices
+# An odd number of matrices of each shape.
+shape = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=2)
 recipe = Recipe(clip_norm=0.5, newton_schulz="polar-express", row_normalize=True, matrix_decay=0.1, shared_rate=0.0)
 models = [RecurrentGPT(shape).initialize(recipe, 3) for _ in range(2)]
 both = [optimizers_for(model, recipe, overlap) for model, overlap in zip(models, (False, True))]

@@ -25,7 +25,8 @@ OPTIONS = [
     {"exclusive": True}, {"attn_gate": True}, {"smear": True}, {"pass_signal": True}, {"pass_mix": True},
     {"bigram_rows": 50, "bigram_width": 8}, {"value_blocks": 1}, {"value_blocks": 3}, {"lanes": True},
     {"activation": "swiglu", "rotary_share": 0.25, "depth_scale": True, "exclusive": True, "attn_gate": True,
-     "smear": True, "pass_signal": True, "pass_mix": True, "pass_scalars": True, "bigram_rows": 50, "value_blocks": 2, "lanes": True},
+     "smear": True, "pass_signal": True, "pass_mix": True, "pass_scalars": True, "bigram_rows": 50, "value_blocks": 2,
+     "lanes": True},
 ]  # fmt: skip
 
 
