@@ -128,31 +128,30 @@ def bundle_run(
         raise UsageError(f"--output: name a folder for the bundle of {run}.")
     source = bundle.readable(config)
     counted = bundle.minified(source) if minify else source
-    files = {"train_gpt.py": bundle.packed(counted) if pack else counted}
+    files = {"train_gpt.py": bundle.packed(counted) if pack else counted.encode()}
     if minify or pack:
-        files["source/train_gpt.py"] = source
-    for name, text in files.items():
-        if (folder / name).exists() and (folder / name).read_text("utf-8") != text:
+        files["source/train_gpt.py"] = source.encode()
+    for name, data in files.items():
+        if (folder / name).exists() and (folder / name).read_bytes() != data:
             raise UsageError(f"{folder / name} exists and is not this bundle; give another --output.")
-    if golden and (difference := golden_difference(config, files["train_gpt.py"], Path(golden))):
+    if golden and (difference := golden_difference(config, pack, Path(golden))):
         raise UsageError(f"The bundle does not train as the checkout does: {difference}.")
-    for name, text in files.items():
+    for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / name, text.encode())
-    show({"bytes_code": len(files["train_gpt.py"].encode()), "written": str(folder / "train_gpt.py")}, json)
+        write_bytes(folder / name, data)
+    show({"bytes_code": len(files["train_gpt.py"]), "written": str(folder / "train_gpt.py")}, json)
     return 0
 
 
-def golden_difference(config: Config, source: str, data: Path, steps: int = 20) -> str:
-    """Where a bundle's losses over a few steps leave the checkout's, or nothing."""
+def golden_difference(config: Config, pack: bool, data: Path, steps: int = 20) -> str:
+    """Where the bundle's losses over a few steps leave the checkout's, or nothing."""
     run = replace(config.run, max_steps=steps, data=str(data.resolve()))
     losses = []
     with tempfile.TemporaryDirectory() as place:
         here = Path(place)
         golden = bundle.readable(replace(config, run=run))
-        if source.startswith('"""The code of this submission, compressed'):
-            golden = bundle.packed(bundle.minified(golden))
-        (here / "train_gpt.py").write_text(golden, "utf-8")
+        code = bundle.packed(bundle.minified(golden)) if pack else golden.encode()
+        (here / "train_gpt.py").write_bytes(code)
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"DATA_PATH": str(data.resolve())}
         own = ["--run.data", run.data, "--run.max-steps", str(steps), "--run.runs", place, "--run.name", "checkout"]
         place_free = {name: getattr(Run(), name) for name in ("data", "name", "runs", "max_steps", "checkpoint")}

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 from conftest import ROOT, TINY, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from golf import bundle
 from golf.config import Config, Pack, Recipe, Run, UsageError
@@ -31,10 +33,10 @@ def losses(log: str) -> list[float]:
     return [row["loss"] for row in rows if row["event"] == "step"]
 
 
-def alone(source: str, folder, corpus, **environment: str) -> subprocess.CompletedProcess:
+def alone(source: bytes, folder, corpus, **environment: str) -> subprocess.CompletedProcess:
     """Run a bundle isolated, in a folder that holds nothing else."""
     folder.mkdir()
-    (folder / "train_gpt.py").write_text(source)
+    (folder / "train_gpt.py").write_bytes(source)
     return subprocess.run(
         [sys.executable, "-I", "train_gpt.py"], cwd=folder, capture_output=True, text=True, timeout=240, check=False,
         env={"PATH": "/usr/bin:/bin", "DATA_PATH": str(corpus), "OMP_NUM_THREADS": "1", **environment},
@@ -44,7 +46,7 @@ def alone(source: str, folder, corpus, **environment: str) -> subprocess.Complet
 @pytest.mark.parametrize("kind", [pytest.param("counted", marks=pytest.mark.slow), "source"])
 def test_the_bundle_trains_as_the_checkout_does_bit_for_bit(checkout, corpus, tmp_path, kind):
     path = checkout / ("train_gpt.py" if kind == "counted" else "source/train_gpt.py")
-    done = alone(path.read_text(), tmp_path / "empty", corpus)
+    done = alone(path.read_bytes(), tmp_path / "empty", corpus)
     assert done.returncode == 0, done.stderr
     assert losses(done.stdout) == losses((checkout / "log.jsonl").read_text()) and len(losses(done.stdout)) == 20
     record = json.loads((checkout / "submission.json").read_text())
@@ -58,7 +60,7 @@ def test_the_bundle_trains_as_the_checkout_does_bit_for_bit(checkout, corpus, tm
 
 
 def test_the_bundle_overwrites_nothing_and_says_what_is_wrong(checkout, corpus, tmp_path):
-    source = (checkout / "train_gpt.py").read_text()
+    source = (checkout / "train_gpt.py").read_bytes()
     there = alone(source, tmp_path / "a", corpus, MODEL_PATH=str(checkout / "model.bin"))
     nothing = alone(source, tmp_path / "b", tmp_path / "nowhere")
     for done, said in ((there, "MODEL_PATH"), (nothing, "manifest.json")):
@@ -105,6 +107,14 @@ def test_minified_and_packed_are_smaller():
     source = bundle.readable(PRESETS["smoke"])
     small = bundle.minified(source)
     assert len(bundle.packed(small)) < len(bundle.packed(source)) < len(small) < len(source)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.one_of(st.binary(), st.binary(min_size=1, max_size=1).map(lambda b: b * 3 + b"07\\n\"\r\n")))
+def test_any_bytes_stand_in_a_source(data):
+    names: dict = {}
+    exec(compile(b'# coding: latin-1\nx = "%b".encode("latin-1")' % bundle.literal(data), "x", "exec"), names)
+    assert names["x"] == data
 
 
 @pytest.mark.parametrize(("code", "said"), [
