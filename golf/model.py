@@ -92,6 +92,48 @@ def same_document(tokens: Tensor) -> Tensor:
     return seen[:, None]
 
 
+@dataclass
+class Kept:
+    """Keys and values (B, KV, T, head) of one block for whole rows, of which only some positions still change."""
+
+    keys: Tensor
+    values: Tensor
+    at: Tensor  # (B, N) int64 position of each given state; a position may stand twice with the same state
+    moves: Tensor  # (B, N) bool: those of the others stay as they were
+
+    def take(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put in what moves of k and v (B, KV, N, head); returns all keys and values."""
+        place = self.at[:, None, :, None].expand_as(k)
+        for kept, new in ((self.keys, k), (self.values, v)):
+            kept.scatter_(2, place, torch.where(self.moves[:, None, :, None], new, kept.gather(2, place)))
+        return self.keys, self.values
+
+    def seen(self) -> Tensor:
+        """(B, 1, N, T): which positions each state attends to."""
+        return (self.at[:, :, None] >= torch.arange(self.keys.size(2), device=self.at.device))[:, None]
+
+
+@dataclass
+class Given:
+    """What every layer reads besides the state: of whole rows, or of some of their positions."""
+
+    start: Tensor  # (B, T, D) normalised embeddings
+    cos: Tensor  # (T, R / 2), or (B, 1, N, R / 2)
+    sin: Tensor
+    seen: Tensor | None = None  # (B, 1, T, T), or causal
+    own: Tensor | None = None  # (B, T, KV) added to values
+
+    def at(self, place: Tensor) -> Given:
+        """Of the positions (B, N) int64 only."""
+        own = None if self.own is None else gathered(self.own, place)
+        return Given(gathered(self.start, place), self.cos[place][:, None], self.sin[place][:, None], None, own)
+
+
+def gathered(x: Tensor, place: Tensor) -> Tensor:
+    """x (B, T, D), place (B, N) int64 -> (B, N, D)."""
+    return x.gather(1, place[..., None].expand(-1, -1, x.size(-1)))
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     """q (B, H, T, head), k and v (B, KV, T, head) -> (B, H, T, head), each position attending to itself and before,
     or where `seen` (B, 1, T, T) says so.
@@ -151,7 +193,7 @@ class Block(nn.Module):
 
     def attend(
         self, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, attn_gate: Tensor | None,
-        own: Tensor | None,
+        own: Tensor | None, kept: Kept | None = None,
     ) -> Tensor:  # fmt: skip
         """x (B, T, D) normalised -> (B, T, D)."""
         batch, length, width = x.shape
@@ -167,7 +209,7 @@ class Block(nn.Module):
         v = v.view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
         q = rotate(F.rms_norm(q, (self.head_size,)), cos, sin) * gain.to(x.dtype)[:, None, None]
         k = rotate(F.rms_norm(k, (self.head_size,)), cos, sin)
-        y = causal_attention(q, k, v, seen)
+        y = causal_attention(q, k, v, seen) if kept is None else causal_attention(q, *kept.take(k, v), kept.seen())
         if self.exclusive:
             y = exclude_own(y, v)
         if attn_gate is not None:
@@ -197,7 +239,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, attn_scale: Tensor, mlp_scale: Tensor, mix: Tensor,
         gain: Tensor, seen: Tensor | None = None, attn_gate: Tensor | None = None, own: Tensor | None = None,
-        lane: Tensor | None = None, lane_mix: Tensor | None = None, depth_scale: float = 1.0,
+        lane: Tensor | None = None, lane_mix: Tensor | None = None, depth_scale: float = 1.0, kept: Kept | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """x, x0 (B, T, D); scales (D,), mix (2, D), gain (H,), gate (H, GATE_CHANNELS), own (B, T, KV) -> (B, T, D).
 
@@ -208,7 +250,7 @@ class Block(nn.Module):
         mix = mix.to(x.dtype)
         if lane is None:
             x = mix[0] * x + mix[1] * x0
-            found = self.attend(F.rms_norm(x, width) * depth_scale, gain, cos, sin, seen, attn_gate, own)
+            found = self.attend(F.rms_norm(x, width) * depth_scale, gain, cos, sin, seen, attn_gate, own, kept)
             x = x + attn_scale.to(x.dtype) * found
             return x + mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(x, width) * depth_scale)
         normal = F.rms_norm(mix[0] * x + mix[1] * x0, width) * depth_scale
@@ -299,19 +341,8 @@ class RecurrentGPT(nn.Module):
     ) -> Tensor:
         """tokens (B, T) int64 -> normalised final states (B, T, D) in `dtype`; with `isolate` no position attends
         beyond its document."""
-        shape = self.shape
-        seen = same_document(tokens) if isolate else None
-        cos, sin = self.rotary(tokens.size(1), tokens.device, dtype)
-        found = F.embedding(tokens, self.embedding).to(dtype)
-        if self.tap:
-            self.tap("lookup", tokens, found)
-        if shape.smear:
-            found = found + self.smeared(tokens, found)
-        if shape.bigram_rows:
-            found = found + self.paired(tokens, dtype)
-        x = F.rms_norm(found, (shape.width,))
-        x0, lane, pushed = x, None, []
-        own = self.own_values(tokens, dtype) if shape.value_blocks else None
+        shape, given = self.shape, self.enter(tokens, dtype, isolate)
+        x, lane, pushed = given.start, None, []
         layers, pops = shape.layers(loops), shape.skip_layers(loops)
         passes, made = [0] * shape.unique_layers, {}
         for layer, (block, row) in enumerate(layers):
@@ -319,18 +350,9 @@ class RecurrentGPT(nn.Module):
                 lane = x
             if layer in pops:
                 x = x + self.skip_weight[self.skip_rows[row]].to(dtype) * pushed.pop()
-            if shape.pass_signal and shape.passes(block) > 1:
-                x = x + (self.wave(passes[block], x).to(self.pass_signal) @ self.pass_signal).to(dtype)
-            if shape.pass_mix and passes[block]:
-                x = x + self.pass_mix[block - shape.prelude].to(dtype) * made[block]
+            x = self.between(x, block, passes[block], made.get(block))
             passes[block] += 1
-            x = self.blocks[block](
-                x, x0, cos, sin, self.attn_scale[row], self.mlp_scale[row], self.resid_mix[row], self.qk_gain[row],
-                seen, self.attn_gate[row] if shape.attn_gate else None,
-                own if block >= shape.unique_layers - shape.value_blocks else None,
-                lane, self.lane_mix[row] if lane is not None else None,
-                (block + 1) ** -0.5 if shape.depth_scale else 1.0,
-            )  # fmt: skip
+            x = self.layer(x, given, block, row, lane)
             if lane is not None:
                 x, lane = x
             made[block] = x
@@ -338,6 +360,43 @@ class RecurrentGPT(nn.Module):
                 pushed.append(x)
         x = x if lane is None else (x + lane) / 2
         return F.rms_norm(x, (shape.width,))
+
+    def enter(self, tokens: Tensor, dtype: torch.dtype, isolate: bool = False) -> Given:
+        """What the layers read of tokens (B, T)."""
+        shape = self.shape
+        seen = same_document(tokens) if isolate else None
+        cos, sin = self.rotary(tokens.size(1), tokens.device, dtype)
+        own = self.own_values(tokens, dtype) if shape.value_blocks else None
+        found = F.embedding(tokens, self.embedding).to(dtype)
+        if self.tap:
+            self.tap("lookup", tokens, found)
+        if shape.smear:
+            found = found + self.smeared(tokens, found)
+        if shape.bigram_rows:
+            found = found + self.paired(tokens, dtype)
+        return Given(F.rms_norm(found, (shape.width,)), cos, sin, seen, own)
+
+    def between(self, x: Tensor, block: int, passed: int, made: Tensor | None) -> Tensor:
+        """The state as a shared block reads it after `passed` passes: told which it is, and what it made before."""
+        shape = self.shape
+        if shape.pass_signal and shape.passes(block) > 1:
+            x = x + (self.wave(passed, x).to(self.pass_signal) @ self.pass_signal).to(x.dtype)
+        if shape.pass_mix and made is not None:
+            x = x + self.pass_mix[block - shape.prelude].to(x.dtype) * made
+        return x
+
+    def layer(
+        self, x: Tensor, given: Given, block: int, row: int, lane: Tensor | None = None, kept: Kept | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """One block over x (B, T, D), or some positions of it, with its row of the control vectors."""
+        shape = self.shape
+        return self.blocks[block](
+            x, given.start, given.cos, given.sin, self.attn_scale[row], self.mlp_scale[row], self.resid_mix[row],
+            self.qk_gain[row], given.seen, self.attn_gate[row] if shape.attn_gate else None,
+            given.own if block >= shape.unique_layers - shape.value_blocks else None,
+            lane, self.lane_mix[row] if lane is not None else None,
+            (block + 1) ** -0.5 if shape.depth_scale else 1.0, kept,
+        )  # fmt: skip
 
     def smeared(self, tokens: Tensor, found: Tensor) -> Tensor:
         """What the piece before adds to each embedding (B, T, D): nothing at the start of a row or a document."""

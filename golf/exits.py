@@ -1,0 +1,228 @@
+"""Scoring in which each token stops at a pass of its own, and the computation after it is left out.
+
+A token that has stopped keeps its last state, and in every block the keys and values of its last pass, which others go
+on to see. Only the states that still run are gathered, padded to few sizes, and computed; what a token does depends on
+nothing after it and on no other row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from golf.config import UsageError
+from golf.model import Given, Kept, RecurrentGPT, gathered
+from golf.shape import Shape
+
+SIZES = 8  # of the number of running positions in a row, as parts of its length
+
+
+@dataclass
+class Look:
+    """What a rule may read after a pass, of the positions that run: all of it is of the position or before it."""
+
+    passed: int
+    loops: int
+    state: Tensor  # (B, N, D) after the pass
+    before: Tensor  # (B, N, D) after the pass before it, or the embedding
+    read: Callable[[Tensor], Tensor]
+    """States (B, N, D) -> log-probabilities (B, N, V) float32."""
+    keys: Tensor  # (B, N) int64, a hash of the positions' last pieces
+
+
+@dataclass(frozen=True)
+class FixedDepth:
+    """Everyone stops after `depth` passes."""
+
+    depth: int
+    reads_head = False
+
+    def stops(self, look: Look) -> Tensor:
+        return torch.full(look.state.shape[:2], look.passed >= self.depth, device=look.state.device)
+
+
+@dataclass(frozen=True)
+class RandomDepth:
+    """Stop after each pass with a chance of `threshold`, by a hash of the last pieces: the bar for any gate."""
+
+    threshold: float
+    reads_head = False
+
+    def stops(self, look: Look) -> Tensor:
+        mixed = look.keys + look.passed * 0x27D4EB2F
+        for factor in (0x2C1B3C6D, 0x297A2D39):  # as integers are commonly hashed
+            mixed = ((mixed ^ (mixed >> 15)) * factor).remainder(1 << 31)
+        return (mixed ^ (mixed >> 15)).remainder(1 << 20) < self.threshold * (1 << 20)
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Stop where the distribution's entropy is at most `threshold` nats."""
+
+    threshold: float
+    reads_head = True
+
+    def stops(self, look: Look) -> Tensor:
+        logprobs = look.read(look.state)
+        return -(logprobs.exp() * logprobs).sum(dim=-1) <= self.threshold
+
+
+@dataclass(frozen=True)
+class Margin:
+    """Stop where the two likeliest pieces are at least `threshold` apart in probability."""
+
+    threshold: float
+    reads_head = True
+
+    def stops(self, look: Look) -> Tensor:
+        first, second = look.read(look.state).exp().topk(2, dim=-1).values.unbind(dim=-1)
+        return first - second >= self.threshold
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Stop where the pass moved the distribution by at most `threshold` nats (KL of the new one from the old)."""
+
+    threshold: float
+    reads_head = True
+
+    def stops(self, look: Look) -> Tensor:
+        if look.passed == 1:  # nothing to compare with
+            return torch.zeros(look.state.shape[:2], dtype=torch.bool, device=look.state.device)
+        new, old = look.read(look.state), look.read(look.before)
+        return (new.exp() * (new - old)).sum(dim=-1) <= self.threshold
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Stop where the pass moved the state by at most `threshold` of its norm."""
+
+    threshold: float
+    reads_head = False
+
+    def stops(self, look: Look) -> Tensor:
+        moved = (look.state - look.before).float().norm(dim=-1)
+        return moved <= self.threshold * look.state.float().norm(dim=-1)
+
+
+Rule = FixedDepth | RandomDepth | Entropy | Margin | Divergence | Difference
+RULES = {
+    "fixed": FixedDepth, "random": RandomDepth, "entropy": Entropy, "margin": Margin, "divergence": Divergence,
+    "difference": Difference,
+}  # fmt: skip
+
+
+def make_rule(name: str, threshold: float, loops: int) -> Rule:
+    """A rule by name. Raises UsageError for a name or threshold that is none."""
+    most = {"fixed": loops, "random": 1.0, "margin": 1.0}.get(name, 1e6)
+    if name not in RULES:
+        raise UsageError(f"--exit {name}: give one of {', '.join(RULES)}.")
+    if not 0 <= threshold <= most or (name == "fixed" and threshold not in range(1, loops + 1)):
+        least = 1 if name == "fixed" else 0
+        raise UsageError(f"--threshold {threshold:g}: {name} takes {least} to {most:g}.")
+    return FixedDepth(int(threshold)) if name == "fixed" else RULES[name](threshold)
+
+
+def check_shape(shape: Shape) -> None:
+    """Raise UsageError for a shape whose tokens cannot stop one by one."""
+    for wrong, option, way_out in (
+        (shape.loops < 2, "shape.loops", "nothing is repeated, give 2 or more"),
+        (shape.skips, "shape.skips", "skips join layers by their number, give --shape.no-skips"),
+        (shape.lanes, "shape.lanes", "lanes begin at a layer's number, give --shape.no-lanes"),
+        (shape.pass_mix, "shape.pass-mix", "it reads what the pass before made, give --shape.no-pass-mix"),
+    ):
+        if wrong:
+            raise UsageError(f"--{option}: {way_out} where tokens stop by themselves.")
+
+
+def prefix_keys(tokens: Tensor) -> Tensor:
+    """tokens (B, T) -> (B, T) int64: a number for the last four pieces at each position."""
+    padded = F.pad(tokens, (3, 0))
+    length = tokens.size(1)
+    factors = (1, 31_337, 7_919, 104_729)
+    return sum(padded[:, 3 - back : 3 - back + length] * factor for back, factor in enumerate(factors))
+
+
+@dataclass
+class Exits:
+    """States and depths of one batch."""
+
+    states: Tensor  # (B, T, D) normalised
+    depths: Tensor  # (B, T) int64 passes of each token
+    computed: list[int]
+    """Positions that each pass computed, padding included."""
+
+
+def select(running: Tensor, gather: bool) -> tuple[Tensor, Tensor]:
+    """running (B, T) bool -> positions (B, N) int64 and whether each runs; N is one of SIZES parts of T, or T.
+
+    A row with fewer than N running positions repeats its last one; one with none holds position 0, which does not run.
+    """
+    rows, length = running.shape
+    if not gather:
+        return torch.arange(length, device=running.device).expand(rows, -1), running
+    counts = running.sum(dim=1)
+    part = math.ceil(length / SIZES)
+    size = min(length, part * max(1, math.ceil(int(counts.max()) / part)))
+    order = torch.argsort(running.int(), dim=1, descending=True, stable=True)
+    place = torch.arange(size, device=running.device).expand(rows, -1)
+    place = order.gather(1, torch.minimum(place, (counts - 1).clamp_min(0)[:, None]))
+    moves = (counts > 0)[:, None].expand(-1, size)
+    return torch.where(moves, place, 0), moves
+
+
+@torch.no_grad()
+def run_exits(
+    model: RecurrentGPT, tokens: Tensor, rule: Rule, dtype: torch.dtype = torch.float32, gather: bool = True
+) -> Exits:
+    """tokens (B, T) int64 -> states and depths under `rule`; with `gather` only what runs is computed, else all of it,
+    to the same end."""
+    shape = model.shape
+    check_shape(shape)
+    given, keys = model.enter(tokens, dtype), prefix_keys(tokens)
+    layers = shape.layers()
+    x = given.start
+    for block, row in layers[: shape.prelude]:
+        x = model.layer(x, given, block, row)
+    rows, length = tokens.shape
+    empty = lambda: x.new_zeros(rows, shape.kv_heads, length, shape.head_size)  # noqa: E731
+    banks = [(empty(), empty()) for _ in range(shape.core)]
+    running = torch.ones(rows, length, dtype=torch.bool, device=tokens.device)
+    depths = torch.zeros(rows, length, dtype=torch.int64, device=tokens.device)
+    read = lambda states: F.log_softmax(model.head(F.rms_norm(states, (shape.width,))), dim=-1)  # noqa: E731
+    computed = []
+    for passed in range(1, shape.loops + 1):
+        place, moves = select(running, gather)
+        before = gathered(x, place)
+        part = one_pass(model, before, given.at(place), layers, passed, banks, place, moves)
+        computed.append(place.numel())
+        x = x.scatter(1, place[..., None].expand_as(part), torch.where(moves[..., None], part, before))
+        depths += running
+        if passed == shape.loops:
+            break
+        look = Look(passed, shape.loops, part, before, read, keys.gather(1, place))
+        still = moves & ~rule.stops(look)
+        running = torch.zeros_like(running).scatter(1, place, still) & running
+        if not running.any():
+            break
+    for block, row in layers[len(layers) - shape.coda :]:
+        x = model.layer(x, given, block, row)
+    return Exits(F.rms_norm(x, (shape.width,)), depths, computed)
+
+
+def one_pass(
+    model: RecurrentGPT, x: Tensor, given: Given, layers: list[tuple[int, int]], passed: int,
+    banks: list[tuple[Tensor, Tensor]], place: Tensor, moves: Tensor,
+) -> Tensor:  # fmt: skip
+    """The core's blocks once over the states x (B, N, D) of positions `place`."""
+    shape = model.shape
+    first = shape.prelude + (passed - 1) * shape.core
+    for (block, row), (keys, values) in zip(layers[first : first + shape.core], banks, strict=True):
+        x = model.between(x, block, passed - 1, None)
+        x = model.layer(x, given, block, row, kept=Kept(keys, values, place, moves))
+    return x

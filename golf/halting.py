@@ -1,0 +1,92 @@
+"""How deep each token goes: distributions over exits, the losses that train them, and rules that stop.
+
+A gate's logits are hazards: the chance to stop after a pass, given that the token has not stopped before. All of it is
+in float32 or wider, and in logarithms, where products of many survivals would vanish.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def exit_logprobs(hazards: Tensor) -> Tensor:
+    """hazards (R - 1, ...) logits of stopping after pass 1 .. R - 1 -> (R, ...) log-probability of each exit.
+
+    Whatever is left after R - 1 passes stops at R, so that the exits always sum to one (stick breaking; PonderNet,
+    Banino et al. 2021).
+    """
+    stop, go = F.logsigmoid(hazards.float()), F.logsigmoid(-hazards.float())
+    survived = torch.cumsum(go, dim=0)
+    return torch.cat((stop[:1], stop[1:] + survived[:-1], survived[-1:]))
+
+
+def uniform_biases(loops: int) -> list[float]:
+    """Hazard logits for which every exit of `loops` is equally likely: log(1 / (loops - t)), t = 1 .. loops - 1."""
+    return [-math.log(loops - t) for t in range(1, loops)]
+
+
+def prior_logprobs(loops: int, geometric: float = 0.0) -> Tensor:
+    """(R,) log-probabilities of a prior over exits: uniform, or geometric with this hazard, cut at R and normalised."""
+    if not geometric:
+        return torch.full((loops,), -math.log(loops))
+    steps = torch.arange(loops) * math.log1p(-geometric)
+    return steps - steps.logsumexp(dim=0)
+
+
+def expected_depth(logprobs: Tensor) -> Tensor:
+    """(R, ...) exit log-probabilities -> (...) mean number of passes, from 1 to R."""
+    depth = torch.arange(1, len(logprobs) + 1, device=logprobs.device, dtype=logprobs.dtype)
+    return torch.tensordot(depth, logprobs.exp(), dims=1)
+
+
+def divergence(logprobs: Tensor, prior: Tensor) -> Tensor:
+    """KL(exits || prior) in nats, (...): never negative, and zero where they agree."""
+    prior = prior.to(logprobs).view(-1, *[1] * (logprobs.ndim - 1))
+    return (logprobs.exp() * (logprobs - prior)).sum(dim=0)
+
+
+def expected_loss(losses: Tensor, logprobs: Tensor) -> Tensor:
+    """losses (R, ...) after each pass, weighted by the exits' probabilities: (...)."""
+    return (logprobs.exp() * losses).sum(dim=0)
+
+
+def act(stops: Tensor, epsilon: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
+    """Adaptive computation time (Graves 2016): stops (R, ...) in [0, 1] after each pass -> weights (R, ...), passes
+    (...) and remainder (...).
+
+    A token stops at the first pass where its sum reaches 1 - epsilon, and at the last in any case; the weight of that
+    pass is what is missing to one. The penalty passes + remainder has a gradient through the remainder only.
+    """
+    total, weights = torch.zeros_like(stops[0]), []
+    running = torch.ones_like(total, dtype=torch.bool)
+    passes, remainder = torch.zeros_like(total), torch.zeros_like(total)
+    for at, stop in enumerate(stops):
+        ends = running if at == len(stops) - 1 else running & (total + stop >= 1 - epsilon)
+        weight = torch.where(ends, 1 - total, torch.where(running, stop, torch.zeros_like(stop)))
+        remainder = torch.where(ends, 1 - total, remainder)
+        passes = passes + running
+        total = total + torch.where(ends, torch.zeros_like(stop), weight)
+        running = running & ~ends
+        weights.append(weight)
+    return torch.stack(weights), passes, remainder
+
+
+def gate_loss(losses: Tensor, hazards: Tensor, least_gain: float = 0.005, steepness: float = 50.0) -> Tensor:
+    """Loss of a gate on a frozen model: losses (R, ...), hazards (R - 1, ...) -> mean nats.
+
+    The gate after pass t should go on where pass t + 1 lowers the token's loss by more than `least_gain` nats (Ouro's
+    second stage, Zhu et al. 2025, with the label of the decision that is taken).
+    """
+    gain = (losses[:-1] - losses[1:]).clamp_min(0.0)
+    go_on = torch.sigmoid(steepness * (gain - least_gain)).detach()
+    return F.binary_cross_entropy_with_logits(-hazards.float(), go_on.float())
+
+
+def quantile_exit(logprobs: Tensor, quantile: float) -> Tensor:
+    """(R, ...) -> (...) int64: the first pass by which the exits' probabilities sum to `quantile` (PALBERT, 2022)."""
+    before = (logprobs.exp().cumsum(dim=0) < quantile - 1e-6).sum(dim=0)
+    return before.clamp(max=len(logprobs) - 1) + 1
