@@ -189,9 +189,10 @@ def rescore(
     """
     source, target = Path(run), Path(output)
     record = records.read(source)
-    check_scoring(scoring, record.context)
     data = (source / "model.bin").read_bytes() if (source / "model.bin").is_file() else b""
-    note = read_header(data)[1] | {"scoring": asdict(scoring)}
+    shape, note = read_header(data)[:2]
+    check_scoring(scoring, record.context, shape)
+    note |= {"scoring": asdict(scoring)}
     if target.exists():
         raise UsageError(f"{target} exists already, name another folder.")
     shutil.copytree(source, target)
@@ -200,6 +201,7 @@ def rescore(
     records.write(target, replace(
         record, stride=scoring.stride, chunk=scoring.chunk if adapts else 0, adapts=adapts, val_bpb=None, val_loss=None,
         eval_seconds=None, bytes_model=measured.weights, bytes_total=measured.total,
+        content_shapes=scoring.exit != "none",
         headroom=record.cap - measured.total, config=record.config | {"scoring": asdict(scoring)},
     ))  # fmt: skip
     show({"written": output, "bytes_total": measured.total}, json)

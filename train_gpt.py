@@ -189,7 +189,7 @@ def train(
             source = source_from(length, result.steps)
         optimizers.zero_grad()
         with noise.added(progress):
-            local_loss = accumulate(model, next(source), machine, loops, recipe.isolate)
+            local_loss = accumulate(model, next(source), machine, loops, recipe.isolate, recipe.depth_loss == "each")
         optimizers.reduce_gradients()
         norm = optimizers.gradient_norm()
         loss = machine.total([float(local_loss)])[0] / machine.world

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
     "shape", "config", "files", "loss", "model", "trellis", "grid", "rans", "entropy", "reference", "codec",
     "quantize", "muon", "overlap", "data", "bpb", "clock", "machine", "calibrate", "noise", "average", "ngrams",
-    "scoring",
+    "exits", "scoring",
 )  # fmt: skip
 PACKAGES = {"torch", "numpy", "sentencepiece", "zstandard", *sys.stdlib_module_names}
 KEPT = ("load_scorer", "main", "CONFIG")

@@ -43,6 +43,8 @@ class Recipe:
     shared_rate: float = 1.0
     """Factor on the rate of a shared block's matrices; 0 divides it by the block's passes, 1 leaves it to Muon's
     normalisation."""
+    depth_loss: Literal["last", "each"] = "last"
+    """Train what the last pass leads to, or what every pass leads to, all alike, so that a token may stop at any."""
     random_loops: bool = False
     """Draw the number of passes anew each step, from 1 to the shape's, once repeats are on."""
     loops_from: float = 0.0
@@ -156,6 +158,10 @@ class Scoring:
     """Forget at the start of each document."""
     ngram_order: int = 0
     """Longest context whose successors in the scored text sharpen the model's distribution; 0 counts nothing."""
+    exit: Literal["none", "fixed", "random", "entropy", "margin", "divergence", "difference"] = "none"
+    """Rule by which each token stops at a pass of its own."""
+    exit_threshold: float = 0.0
+    """The rule's: passes, chance, nats of entropy, margin of probabilities, nats moved, share of the state moved."""
     phase_tokens: int = 0
     """Targets after which one pass over them is made that is never forgotten; 0 makes none."""
     phase_rate: float = 1e-3
@@ -259,9 +265,9 @@ class Config:
         check_shape(self.shape)
         check_recipe(self.recipe, self.run, world_size)
         check_pack(self.pack)
-        check_scoring(self.scoring, self.recipe.sequence_length)
-        fits = self.shape.vocab_size ** (self.scoring.ngram_order + 1) < 1 << 63
-        require(fits, "scoring.ngram_order", self.scoring.ngram_order, "too long for this vocabulary, give less")
+        check_scoring(self.scoring, self.recipe.sequence_length, self.shape)
+        if self.recipe.depth_loss == "each":
+            check_exits(self.shape)
         step = self.recipe.noise_step or self.pack.matrix_step
         told = self.recipe.grid_noise == "off" or step > 0
         require(told, "recipe.noise_step", self.recipe.noise_step, "name the grid's step in row deviations")
@@ -302,6 +308,26 @@ def check_shape(shape: Shape) -> None:
     require(shape.mlp_width >= 1, "shape.mlp_ratio", shape.mlp_ratio, "give more than 0")
     require(shape.softcap > 0, "shape.softcap", shape.softcap, "give more than 0")
     require(shape.rope_base > 1, "shape.rope_base", shape.rope_base, "give more than 1")
+
+
+def check_exits(shape: Shape) -> None:
+    """Raise UsageError for a shape whose tokens cannot stop one by one."""
+    for wrong, option, way_out in (
+        (shape.loops < 2, "shape.loops", "nothing is repeated, give 2 or more"),
+        (shape.skips, "shape.skips", "skips join layers by their number, give --shape.no-skips"),
+        (shape.lanes, "shape.lanes", "lanes begin at a layer's number, give --shape.no-lanes"),
+        (shape.pass_mix, "shape.pass-mix", "it reads what the pass before made, give --shape.no-pass-mix"),
+    ):
+        if wrong:
+            raise UsageError(f"--{option}: {way_out} where tokens stop by themselves.")
+
+
+def check_threshold(rule: str, threshold: float, loops: int) -> None:
+    """Raise UsageError for a threshold that its rule cannot take."""
+    most = {"fixed": loops, "random": 1.0, "margin": 1.0}.get(rule, 1e6)
+    whole = rule != "fixed" or threshold in range(1, loops + 1)
+    way_out = f"{rule} takes {1 if rule == 'fixed' else 0} to {most:g}"
+    require(0 <= threshold <= most and whole, "scoring.exit_threshold", f"{threshold:g}", way_out)
 
 
 def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:
@@ -361,8 +387,15 @@ def check_pack(pack: Pack) -> None:
     require(pack.target_bytes >= 0, "pack.target_bytes", pack.target_bytes, "give 0 or more")
 
 
-def check_scoring(scoring: Scoring, context: int) -> None:
-    """Raise UsageError for a scorer that cannot be asked so."""
+def check_scoring(scoring: Scoring, context: int, shape: Shape) -> None:
+    """Raise UsageError for a model of this shape that cannot be asked so."""
+    if scoring.exit != "none":
+        check_exits(shape)
+        check_threshold(scoring.exit, scoring.exit_threshold, shape.loops)
+        require(not scoring.isolate, "scoring.isolate", True, "tokens that stop see their whole row")
+        require(scoring.adapt_rank == 0, "scoring.adapt_rank", scoring.adapt_rank, "give 0 where tokens stop")
+    fits = shape.vocab_size ** (scoring.ngram_order + 1) < 1 << 63
+    require(fits, "scoring.ngram_order", scoring.ngram_order, "too long for this vocabulary, give less")
     require(0 <= scoring.stride <= context, "scoring.stride", scoring.stride, f"give 0 to {context}, the row's length")
     require(0 <= scoring.adapt_rank <= 1024, "scoring.adapt_rank", scoring.adapt_rank, "give 0 to 1,024")
     require(0 <= scoring.ngram_order <= 3, "scoring.ngram_order", scoring.ngram_order, "give 0 to 3")

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from golf.config import UsageError
+from golf.config import UsageError, check_exits, check_threshold
 from golf.model import Given, Kept, RecurrentGPT, gathered
-from golf.shape import Shape
 
 SIZES = 8  # of the number of running positions in a row, as parts of its length
 
@@ -119,25 +118,10 @@ RULES = {
 
 def make_rule(name: str, threshold: float, loops: int) -> Rule:
     """A rule by name. Raises UsageError for a name or threshold that is none."""
-    most = {"fixed": loops, "random": 1.0, "margin": 1.0}.get(name, 1e6)
     if name not in RULES:
-        raise UsageError(f"--exit {name}: give one of {', '.join(RULES)}.")
-    if not 0 <= threshold <= most or (name == "fixed" and threshold not in range(1, loops + 1)):
-        least = 1 if name == "fixed" else 0
-        raise UsageError(f"--threshold {threshold:g}: {name} takes {least} to {most:g}.")
+        raise UsageError(f"--scoring.exit {name:.60}: give one of {', '.join(RULES)}.")
+    check_threshold(name, threshold, loops)
     return FixedDepth(int(threshold)) if name == "fixed" else RULES[name](threshold)
-
-
-def check_shape(shape: Shape) -> None:
-    """Raise UsageError for a shape whose tokens cannot stop one by one."""
-    for wrong, option, way_out in (
-        (shape.loops < 2, "shape.loops", "nothing is repeated, give 2 or more"),
-        (shape.skips, "shape.skips", "skips join layers by their number, give --shape.no-skips"),
-        (shape.lanes, "shape.lanes", "lanes begin at a layer's number, give --shape.no-lanes"),
-        (shape.pass_mix, "shape.pass-mix", "it reads what the pass before made, give --shape.no-pass-mix"),
-    ):
-        if wrong:
-            raise UsageError(f"--{option}: {way_out} where tokens stop by themselves.")
 
 
 def prefix_keys(tokens: Tensor) -> Tensor:
@@ -183,7 +167,7 @@ def run_exits(
     """tokens (B, T) int64 -> states and depths under `rule`; with `gather` only what runs is computed, else all of it,
     to the same end."""
     shape = model.shape
-    check_shape(shape)
+    check_exits(shape)
     given, keys = model.enter(tokens, dtype), prefix_keys(tokens)
     layers = shape.layers()
     x = given.start

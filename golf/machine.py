@@ -158,12 +158,14 @@ def compile_model(model: RecurrentGPT, mode: str) -> None:
     model.loss_part = torch.compile(part_loss, dynamic=False)
 
 
-def accumulate(model: RecurrentGPT, micro: list, machine: Machine, loops: int, isolate: bool = False) -> Tensor:
+def accumulate(
+    model: RecurrentGPT, micro: list, machine: Machine, loops: int, isolate: bool = False, each: bool = False
+) -> Tensor:  # fmt: skip
     """Gradients of the mean loss over a rank's micro-batches, added to .grad; returns that loss."""
     total = torch.zeros((), device=machine.device)
     for inputs, targets in micro:
         tokens, wanted = (torch.from_numpy(a).to(machine.device, non_blocking=True) for a in (inputs, targets))
-        loss = model(tokens, wanted, machine.dtype, loops, isolate) / len(micro)
+        loss = model(tokens, wanted, machine.dtype, loops, isolate, each) / len(micro)
         loss.backward()
         total += loss.detach()
     return total
@@ -195,7 +197,7 @@ def warm_up(model: RecurrentGPT, optimizers: Optimizers, config: Config, machine
         for _ in range(2):
             try:
                 optimizers.zero_grad()
-                accumulate(model, [(row, row)], machine, loops, recipe.isolate)
+                accumulate(model, [(row, row)], machine, loops, recipe.isolate, recipe.depth_loss == "each")
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -128,6 +128,11 @@ class Given:
         own = None if self.own is None else gathered(self.own, place)
         return Given(gathered(self.start, place), self.cos[place][:, None], self.sin[place][:, None], None, own)
 
+    def repeated(self, times: int) -> Given:
+        """The same rows several times over, one copy after the other."""
+        seen, own = (None if t is None else t.repeat(times, *[1] * (t.ndim - 1)) for t in (self.seen, self.own))
+        return Given(self.start.repeat(times, 1, 1), self.cos, self.sin, seen, own)
+
 
 def gathered(x: Tensor, place: Tensor) -> Tensor:
     """x (B, T, D), place (B, N) int64 -> (B, N, D)."""
@@ -361,6 +366,24 @@ class RecurrentGPT(nn.Module):
         x = x if lane is None else (x + lane) / 2
         return F.rms_norm(x, (shape.width,))
 
+    def each(
+        self, tokens: Tensor, dtype: torch.dtype = torch.float32, loops: int | None = None, isolate: bool = False
+    ) -> Tensor:  # fmt: skip
+        """tokens (B, T) -> (R, B, T, D): the normalised final states that each number of passes leads to, of a shape
+        whose tokens may stop (config.check_exits); the last are those of hidden()."""
+        shape, given = self.shape, self.enter(tokens, dtype, isolate)
+        layers, x, found = shape.layers(loops), given.start, []
+        for block, row in layers[: shape.prelude]:
+            x = self.layer(x, given, block, row)
+        for at in range(shape.prelude, len(layers) - shape.coda, shape.core):
+            for block, row in layers[at : at + shape.core]:
+                x = self.layer(self.between(x, block, len(found), None), given, block, row)
+            found.append(x)
+        x, whole = torch.cat(found), given.repeated(len(found))
+        for block, row in layers[len(layers) - shape.coda :]:
+            x = self.layer(x, whole, block, row)
+        return F.rms_norm(x, (shape.width,)).unflatten(0, (len(found), -1))
+
     def enter(self, tokens: Tensor, dtype: torch.dtype, isolate: bool = False) -> Given:
         """What the layers read of tokens (B, T)."""
         shape = self.shape
@@ -446,8 +469,12 @@ class RecurrentGPT(nn.Module):
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, dtype: torch.dtype = torch.float32,
-        loops: int | None = None, isolate: bool = False,
+        loops: int | None = None, isolate: bool = False, each: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Mean nats a target when targets are given, else logits (B, T, V) float32 of each next token."""
+        """Mean nats a target when targets are given, with `each` over all passes; else logits (B, T, V) float32 of
+        each next token."""
+        if each:
+            states = self.each(tokens, dtype, loops, isolate)  # (R, B, T, D)
+            return self.head_loss(states.flatten(0, 1), targets.repeat(len(states), 1))
         x = self.hidden(tokens, dtype, loops, isolate)
         return self.head(x) if targets is None else self.head_loss(x, targets)

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from golf.codec import load_artifact, read_note
 from golf.config import Scoring, fields_from_dict
+from golf.exits import make_rule, run_exits
 from golf.model import RecurrentGPT
 from golf.ngrams import RunCache
 from golf.shape import Shape
@@ -70,6 +71,8 @@ class Scorer:
         self.model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
         self.model.to(self.device).eval().requires_grad_(False)
         self.vocab = shape.vocab_size
+        exit, threshold = self.scoring.exit, self.scoring.exit_threshold
+        self.rule = make_rule(exit, threshold, shape.loops) if exit != "none" else None
         self.runs = RunCache(self.vocab, self.scoring.ngram_order) if self.scoring.ngram_order else None
         if self.scoring.adapts:
             self.adapt, self.reset = self.learn, self.forget  # offered only where it is declared
@@ -84,6 +87,9 @@ class Scorer:
 
     def run(self, weights: dict[str, Tensor], tokens: np.ndarray, targets: np.ndarray | None = None) -> Tensor:
         """Logits (B, T, V) float32, or the mean loss when targets are given."""
+        if self.rule:
+            given = torch.from_numpy(np.ascontiguousarray(tokens)).to(self.device)
+            return self.model.head(run_exits(self.model, given, self.rule, self.dtype).states)
         given = [torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in (tokens, targets) if a is not None]
         return functional_call(
             self.model, weights, tuple(given), {"dtype": self.dtype, "isolate": self.scoring.isolate}

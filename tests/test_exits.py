@@ -148,8 +148,20 @@ def test_shapes_that_cannot_are_refused(options, said):
 
 @pytest.mark.parametrize(("name", "threshold", "said"), [
     ("gat", 0.5, "give one of fixed"), ("fixed", 5, "1 to 4"), ("fixed", 1.5, "1 to 4"), ("random", 1.1, "0 to 1"),
-    ("entropy", -1, "threshold -1"), ("margin", float("nan"), "0 to 1"),
+    ("entropy", -1, "exit-threshold -1"), ("margin", float("nan"), "0 to 1"),
 ])  # fmt: skip
 def test_rules_that_are_none_are_refused(name, threshold, said):
     with pytest.raises(UsageError, match=said):
         exits.make_rule(name, threshold, 4)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_pass_leads_to_what_that_many_loops_do(name):
+    model, tokens = model_of(**OPTIONS[name]), tokens_of()
+    found = model.each(tokens, torch.float64)
+    assert found.shape == (SHAPE.loops, *tokens.shape, SHAPE.width)
+    for loops, states in enumerate(found, 1):
+        torch.testing.assert_close(states, model.hidden(tokens, torch.float64, loops))
+    targets = tokens.roll(-1, 1)
+    losses = [model.head_loss(states, targets) for states in found]
+    torch.testing.assert_close(model(tokens, targets, torch.float64, each=True), torch.stack(losses).mean())

@@ -174,6 +174,19 @@ def test_a_model_of_transformed_capitals_is_judged_on_the_original_bytes(library
     assert verdict["valid"] and verdict["val_bytes"] == manifest["splits"]["val"]["counted_bytes"], verdict
 
 
+@pytest.mark.slow
+def test_a_model_whose_tokens_stop_by_themselves_is_judged(corpus, tmp_path):
+    flags = [*TINY, "--shape.no-skips", "--recipe.depth-loss", "each", "--recipe.loops-from", 0, "--run.max-steps", 30]
+    stops = ["--scoring.exit", "difference", "--scoring.exit-threshold", 0.3]
+    done = run("train_gpt.py", "smoke", *flags, *stops, "--run.data", corpus, "--run.runs", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    folder = only(tmp_path / "runs")
+    verdict = json.loads((folder / "verdict.json").read_text())
+    assert verdict["valid"] and records.read(folder).content_shapes, verdict
+    again = run("artifact.py", "rescore", folder, tmp_path / "other", "--exit", "fixed", "--exit-threshold", 9)
+    assert again.returncode == 2 and "exit-threshold 9" in again.stderr, again.stderr
+
+
 def test_two_ranks_train_like_one(corpus, tmp_path):
     flags = [
         "smoke",
