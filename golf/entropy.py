@@ -148,6 +148,15 @@ REFRESH = 256  # symbols between two looks at the counts, growing with what has 
 SCALE_ONE = 1 << 10  # a step of average size
 
 
+CONTEXTS_AT_A_TIME = 32  # whose tables are worked on together, so that what that takes stays small
+
+
+def parts_of(contexts: int) -> list[slice]:
+    """Contexts a few at a time."""
+    stops = range(CONTEXTS_AT_A_TIME, contexts + CONTEXTS_AT_A_TIME, CONTEXTS_AT_A_TIME)
+    return [slice(stop - CONTEXTS_AT_A_TIME, min(stop, contexts)) for stop in stops]
+
+
 class LearnedTables:
     """One table of frequencies for each context, learned as it is used.
 
@@ -156,8 +165,13 @@ class LearnedTables:
 
     def __init__(self, low: int, size: int, widths: np.ndarray, means: np.ndarray):
         self.low, self.size = low, size
-        counts = np.diff(normal_starts(low, size, widths, means)) * (INCREMENT * START_SYMBOLS) // TABLE_SUM
-        self.counts = counts.astype(np.int32)  # (contexts, S)
+        self.counts = np.empty((widths.size, size), dtype=np.int32)
+        for part in parts_of(widths.size):
+            edges = np.diff(normal_starts(low, size, widths[part], means[part]))
+            self.counts[part] = edges * (INCREMENT * START_SYMBOLS) // TABLE_SUM
+        # Where each table's entries start, all tables one after the other; an entry ends where the next begins.
+        self.keys = np.empty(self.counts.size + 1, dtype=np.int32)
+        self.keys[-1] = widths.size * TABLE_SUM
         self.waiting: list[np.ndarray] = []
         self.waiting_symbols = self.learned = 0
         self.refresh()
@@ -165,29 +179,32 @@ class LearnedTables:
     def refresh(self) -> None:
         """Tables from the counts, every symbol possible."""
         if self.waiting:
-            seen = np.bincount(np.concatenate(self.waiting), minlength=self.counts.size).astype(np.int32)
-            self.counts += INCREMENT * seen.reshape(self.counts.shape)
+            np.add.at(self.counts.reshape(-1), np.concatenate(self.waiting), INCREMENT)
             self.learned += self.waiting_symbols
             self.waiting, self.waiting_symbols = [], 0
-            full = self.counts.sum(axis=1) > COUNT_LIMIT
-            self.counts[full] >>= 1
-        ends = np.cumsum(self.counts, axis=1, dtype=np.int64)
-        total = np.maximum(ends[:, -1:], 1)
-        ends *= TABLE_SUM - self.size
-        ends //= total
-        ends += np.arange(1, self.size + 1)
-        ends[:, -1] = TABLE_SUM
-        start = np.zeros(ends.shape, dtype=np.int32)
-        start[:, 1:] = ends[:, :-1]
-        self.frequency = (ends - start).astype(np.uint32).ravel()
-        self.start = start.astype(np.uint32).ravel()
-        start += TABLE_SUM * np.arange(len(start), dtype=np.int32)[:, None]
-        self.keys = start.ravel()
+        for part in parts_of(len(self.counts)):
+            counts = self.counts[part]
+            full = counts.sum(axis=1) > COUNT_LIMIT
+            counts[full] >>= 1
+            ends = np.cumsum(counts, axis=1, dtype=np.int64)
+            total = np.maximum(ends[:, -1:], 1)
+            ends *= TABLE_SUM - self.size
+            ends //= total
+            ends += np.arange(1, self.size + 1)
+            ends += TABLE_SUM * np.arange(part.start, part.start + len(counts))[:, None]
+            starts_here = self.keys[part.start * self.size : part.stop * self.size].reshape(counts.shape)
+            starts_here[:, 1:] = ends[:, :-1]
+            starts_here[:, 0] = TABLE_SUM * np.arange(part.start, part.start + len(counts))
+
+    def entries(self, place: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Frequency and start (lanes,) uint32 of entries in tables that begin at `base`."""
+        start = self.keys[place]
+        return (self.keys[place + 1] - start).astype(np.uint32), (start - base).astype(np.uint32)
 
     def put(self, encoder: Encoder, context: np.ndarray, index: np.ndarray) -> None:
         """Add a step of symbol indices (lanes,) by their lanes' tables, and learn from it."""
         place = context * self.size + index
-        encoder.add(self.frequency[place], self.start[place])
+        encoder.add(*self.entries(place, context * TABLE_SUM))
         self.learn(place)
 
     def take(self, decoder: Decoder, context: np.ndarray) -> np.ndarray:
@@ -199,7 +216,7 @@ class LearnedTables:
             part = slice(at, min(lanes, at + decoder.lanes))
             slot = decoder.slots(part.stop - at)
             found = np.searchsorted(self.keys, base[part] + slot.astype(np.int32), side="right") - 1
-            decoder.advance(slot, self.frequency[found], self.start[found])
+            decoder.advance(slot, *self.entries(found, base[part]))
             place[part] = found
         self.learn(place)
         return place - context * self.size
