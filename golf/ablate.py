@@ -181,8 +181,9 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
         records = list(Path(place).glob("*/submission.json"))
         row = {
             "variant": variant, "seed": seed, "equal": plan.equal, "amount": plan.amount, "flags": words,
-            "fingerprint": config.fingerprint, "exit": process.returncode, "cpu_share": round(load.share(), 4),
-            "seconds": round(time.time() - began, 1), "step_flops": step_flops(config),
+            "judge": plan.judge, "fingerprint": config.fingerprint, "exit": process.returncode,
+            "cpu_share": round(load.share(), 4), "seconds": round(time.time() - began, 1),
+            "step_flops": step_flops(config),
         }  # fmt: skip
         if not records:
             return {**row, "status": "crash", "reason": (said.strip().splitlines() or ["no word"])[-1][:300]}
@@ -250,12 +251,14 @@ def same(plan: Plan, row: dict) -> bool:
         return False
     config = configuration(plan, row["variant"], row["seed"])
     words = [*words_of(plan, row["variant"], row["seed"]), *budget_flags(plan, config)]
-    return row["fingerprint"] == config.fingerprint and row["flags"] == words
+    asked = {"fingerprint": config.fingerprint, "flags": words, "judge": plan.judge}
+    return row["seed"] in plan.seeds and all(row.get(key) == value for key, value in asked.items())
 
 
 def table(plan: Plan, rows: list[dict]) -> str:
     """Markdown: one line a variant, best first."""
-    good = [r for r in rows if r["variant"] in plan.variants and same(plan, r) and not void(r)]
+    rows = [r for r in rows if same(plan, r)]
+    good = [r for r in rows if not void(r)]
     control = plan.control or next(iter(plan.variants))
     found = {v: [r for r in good if r["variant"] == v and bpb_of(r) is not None] for v in plan.variants}
     base = {r["seed"]: bpb_of(r) for r in found[control]}
@@ -341,7 +344,14 @@ def plan_of(arguments: Arguments) -> tuple[Plan, Path]:
         raise UsageError("Name a plan (FILE.toml), or a file of rows with --results beside --preset and --variants.")
     named = [variant.partition("=") for variant in arguments.variants]
     values = {name: getattr(arguments, name) for name in ("preset", "data", "equal", "amount", "judge")}
-    values |= {"seeds": list(arguments.seeds), "variants": {name: shlex.split(flags) for name, _, flags in named}}
+    names = [name for name, _, _ in named]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"--variants {twice}: stands twice, give each a name of its own.")
+    try:
+        flags = [shlex.split(words) for _, _, words in named]
+    except ValueError as error:
+        raise UsageError(f"--variants: a quotation mark is not closed ({error}).") from error
+    values |= {"seeds": list(arguments.seeds), "variants": dict(zip(names, flags, strict=True))}
     return make_plan(values, "command line"), Path(arguments.results)
 
 

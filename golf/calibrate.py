@@ -64,9 +64,9 @@ class Collector:
         self.rows[name].index_add_(0, rows.flatten(), weight)
         self.sums[name].diagonal().add_(weight.sum() / self.rows[name].numel())
 
-    def batch(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> None:
+    def batch(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype, isolate: bool = False) -> None:
         """Forward and backward over one batch (B, T) at full depth; the parameters' own gradients are dropped."""
-        self.model(tokens, targets, dtype=dtype).backward()
+        self.model(tokens, targets, dtype=dtype, isolate=isolate).backward()
         self.model.zero_grad(set_to_none=True)
         self.tokens += tokens.numel()
         self.batches += 1
@@ -110,7 +110,7 @@ def rehearse(model: RecurrentGPT, config: Config, machine: Machine, micro_rows: 
     times = [machine.now()]
     collector = Collector(twin_of(model))
     for _ in range(3):
-        collector.batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), machine.dtype)
+        collector.batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), machine.dtype, config.recipe.isolate)
         times.append(machine.now())
     collector.finish(machine)
     start, *rest, end = np.diff([*times, machine.now()])
@@ -131,7 +131,7 @@ def calibrate(
         if machine.largest(1.5 * slowest + end - left) > 0:
             break
         inputs, targets = (torch.from_numpy(a).to(machine.device) for a in next(source)[0])
-        collector.batch(inputs, targets, machine.dtype)
+        collector.batch(inputs, targets, machine.dtype, config.recipe.isolate)
         machine.now()
         slowest = max(slowest, left - seconds_left())
     found = collector.finish(machine) if collector.batches else None

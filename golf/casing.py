@@ -45,7 +45,7 @@ def lower(text: str) -> str:
         if not paired(run[0]):
             out.append(re.sub(f"([{CAPITAL}{WORD}{LITERAL}])", LITERAL + r"\1", run))
         elif len(run) > 1 and run.isupper():
-            out.append(WORD + run.lower())
+            out.append(WORD + "".join(c.lower() for c in run))  # a whole word's may differ: a final sigma
         else:
             out.append("".join(CAPITAL + c.lower() if c.isupper() else c for c in run))
     return "".join(out)

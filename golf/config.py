@@ -394,11 +394,11 @@ def check_scoring(scoring: Scoring, context: int, shape: Shape) -> None:
         check_threshold(scoring.exit, scoring.exit_threshold, shape.loops)
         require(not scoring.isolate, "scoring.isolate", True, "tokens that stop see their whole row")
         require(scoring.adapt_rank == 0, "scoring.adapt_rank", scoring.adapt_rank, "give 0 where tokens stop")
+    require(0 <= scoring.ngram_order <= 3, "scoring.ngram_order", scoring.ngram_order, "give 0 to 3")
     fits = shape.vocab_size ** (scoring.ngram_order + 1) < 1 << 63
     require(fits, "scoring.ngram_order", scoring.ngram_order, "too long for this vocabulary, give less")
     require(0 <= scoring.stride <= context, "scoring.stride", scoring.stride, f"give 0 to {context}, the row's length")
     require(0 <= scoring.adapt_rank <= 1024, "scoring.adapt_rank", scoring.adapt_rank, "give 0 to 1,024")
-    require(0 <= scoring.ngram_order <= 3, "scoring.ngram_order", scoring.ngram_order, "give 0 to 3")
     require(scoring.phase_tokens >= 0, "scoring.phase_tokens", scoring.phase_tokens, "give 0 or more")
     for name in ("chunk", "adapt_context"):
         require(2 <= getattr(scoring, name) <= 1 << 20, f"scoring.{name}", getattr(scoring, name), "give 2 or more")

@@ -26,9 +26,8 @@ class Look:
     """What a rule may read after a pass, of the positions that run: all of it is of the position or before it."""
 
     passed: int
-    loops: int
     state: Tensor  # (B, N, D) after the pass
-    before: Tensor  # (B, N, D) after the pass before it, or the embedding
+    before: Tensor  # (B, N, D) as the pass read it
     read: Callable[[Tensor], Tensor]
     """States (B, N, D) -> log-probabilities (B, N, V) float32."""
     keys: Tensor  # (B, N) int64, a hash of the positions' last pieces
@@ -39,7 +38,6 @@ class FixedDepth:
     """Everyone stops after `depth` passes."""
 
     depth: int
-    reads_head = False
 
     def stops(self, look: Look) -> Tensor:
         return torch.full(look.state.shape[:2], look.passed >= self.depth, device=look.state.device)
@@ -50,7 +48,6 @@ class RandomDepth:
     """Stop after each pass with a chance of `threshold`, by a hash of the last pieces: the bar for any gate."""
 
     threshold: float
-    reads_head = False
 
     def stops(self, look: Look) -> Tensor:
         mixed = look.keys + look.passed * 0x27D4EB2F
@@ -64,7 +61,6 @@ class Entropy:
     """Stop where the distribution's entropy is at most `threshold` nats."""
 
     threshold: float
-    reads_head = True
 
     def stops(self, look: Look) -> Tensor:
         logprobs = look.read(look.state)
@@ -76,7 +72,6 @@ class Margin:
     """Stop where the two likeliest pieces are at least `threshold` apart in probability."""
 
     threshold: float
-    reads_head = True
 
     def stops(self, look: Look) -> Tensor:
         first, second = look.read(look.state).exp().topk(2, dim=-1).values.unbind(dim=-1)
@@ -88,7 +83,6 @@ class Divergence:
     """Stop where the pass moved the distribution by at most `threshold` nats (KL of the new one from the old)."""
 
     threshold: float
-    reads_head = True
 
     def stops(self, look: Look) -> Tensor:
         if look.passed == 1:  # nothing to compare with
@@ -102,7 +96,6 @@ class Difference:
     """Stop where the pass moved the state by at most `threshold` of its norm."""
 
     threshold: float
-    reads_head = False
 
     def stops(self, look: Look) -> Tensor:
         moved = (look.state - look.before).float().norm(dim=-1)
@@ -189,7 +182,7 @@ def run_exits(
         depths += running
         if passed == shape.loops:
             break
-        look = Look(passed, shape.loops, part, before, read, keys.gather(1, place))
+        look = Look(passed, part, before, read, keys.gather(1, place))
         still = moves & ~rule.stops(look)
         running = torch.zeros_like(running).scatter(1, place, still) & running
         if not running.any():

@@ -30,7 +30,10 @@ def uniform_biases(loops: int) -> list[float]:
 
 
 def prior_logprobs(loops: int, geometric: float = 0.0) -> Tensor:
-    """(R,) log-probabilities of a prior over exits: uniform, or geometric with this hazard, cut at R and normalised."""
+    """(R,) log-probabilities of a prior over exits: uniform, or geometric with this hazard, cut at R and normalised.
+    Raises ValueError for a hazard outside [0, 1)."""
+    if not 0 <= geometric < 1:
+        raise ValueError(f"a hazard of {geometric} is not in [0, 1)")
     if not geometric:
         return torch.full((loops,), -math.log(loops))
     steps = torch.arange(loops) * math.log1p(-geometric)

@@ -63,7 +63,7 @@ class CappedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
         to_x, to_weight = ctx.saved_tensors
-        return to_x * gradient.to(to_x.dtype), to_weight * gradient, None, None, None
+        return to_x * gradient, to_weight * gradient, None, None, None
 
 
 def capped_cross_entropy(

@@ -168,6 +168,9 @@ def accumulate(
         loss = model(tokens, wanted, machine.dtype, loops, isolate, each) / len(micro)
         loss.backward()
         total += loss.detach()
+    for p in model.parameters():
+        if p.grad is None:  # of a part that does nothing before the repeats are on
+            p.grad = torch.zeros_like(p)
     return total
 
 
@@ -205,6 +208,7 @@ def warm_up(model: RecurrentGPT, optimizers: Optimizers, config: Config, machine
             if failed := machine.largest(failed):
                 break
             optimizers.reduce_gradients()
+            optimizers.gradient_norm()
             optimizers.step(0.0)
         if failed:
             break

@@ -23,7 +23,8 @@ STEPS = ((True, 1, 16.0), (False, 2, 128.0), (True, 2, 0.5), (False, 3, 4.0), (T
 
 
 class Successors:
-    """How often each piece followed each context of `length` pieces."""
+    """How often each piece followed each context of `length` pieces. Raises ValueError where a run of length + 1 pieces
+    of this vocabulary is no 63-bit number."""
 
     def __init__(self, length: int, vocab: int):
         if vocab ** (length + 1) >= 1 << 63:

@@ -47,17 +47,27 @@ def forward_flops(config: Config, loops: int | None = None) -> int:
     layer = 2 * (2 * shape.width**2 + 2 * shape.width * shape.kv_width + mlp)
     attention = 2 * shape.width * config.recipe.sequence_length
     pairs = 2 * shape.width * shape.bigram_width if shape.bigram_rows else 0
-    return len(shape.order(loops)) * (layer + attention) + 2 * shape.width * shape.vocab_size + pairs
+    layers, ends = layers_and_ends(config, loops)
+    return layers * (layer + attention) + ends * 2 * shape.width * shape.vocab_size + pairs
+
+
+def layers_and_ends(config: Config, loops: int | None = None) -> tuple[int, int]:
+    """Layers that a token runs through, and how often it reaches the head: once, or after every pass where all are
+    trained."""
+    shape = config.shape
+    passes = shape.loops if loops is None else loops
+    ends = passes if config.recipe.depth_loss == "each" else 1
+    return len(shape.order(loops)) + (ends - 1) * shape.coda, ends
 
 
 def step_work(config: Config, loops: int | None = None) -> tuple[int, int, int, int]:
     """FLOPs, elements, logits and attention scores of one training step."""
     tokens, shape = config.recipe.batch_tokens, config.shape
-    layers = len(shape.order(loops))
+    layers, ends = layers_and_ends(config, loops)
     scores = layers * shape.heads * config.recipe.sequence_length // 2
     return (
-        tokens * 3 * forward_flops(config, loops), tokens * layers * shape.width, tokens * shape.vocab_size,
-        tokens * scores,
+        tokens * 3 * forward_flops(config, loops), tokens * layers * shape.width,
+        ends * tokens * shape.vocab_size, tokens * scores,
     )  # fmt: skip
 
 
@@ -82,7 +92,8 @@ def activations(config: Config, ranks: int) -> tuple[int, int]:
     tokens = rows * recipe.sequence_length
     half = 4 if config.run.dtype == "float32" else 2
     layer = half * (9 * shape.width + 3 * shape.kv_width + 2 * shape.mlp_width)
-    return tokens * shape.effective_layers * layer, tokens * shape.vocab_size
+    layers, ends = layers_and_ends(config)
+    return tokens * layers * layer, ends * tokens * shape.vocab_size
 
 
 def training_memory(config: Config, ranks: int = 1) -> int:

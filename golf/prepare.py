@@ -111,7 +111,8 @@ class Counts:
     bytes: int = 0
     tokens: int = 0
     counted_bytes: int = 0
-    """Bytes that the tokens stand for; fewer than `bytes` where the tokenizer loses some."""
+    """Bytes that the tokens stand for: fewer than `bytes` where the tokenizer loses some; of transformed training text
+    the transformed bytes, of validation text always the original ones."""
     lossy_documents: int = 0
     """Documents that do not decode to themselves."""
     files: list[str] = field(default_factory=list)
@@ -254,6 +255,8 @@ def prepare(source: Source, out: Path, options: Options) -> dict:
         np.random.default_rng(options.shuffle).shuffle(train)
     model = given_model or make_tokenizer(spool, train, work / "tokenizer.model", options)
     table = ByteTable(model)
+    if options.transform != "none" and table.drops_first_space:
+        raise UsageError("--tokenizer: it adds a space before each document, which --transform case cannot count.")
     if (out / "manifest.json").exists():
         (out / "manifest.json").unlink()  # from here on the shards are not those it describes
     counts = {}
@@ -272,7 +275,7 @@ def prepare(source: Source, out: Path, options: Options) -> dict:
             "kind": "sentencepiece", "vocab_size": table.vocab_size, "sha256": hashlib.sha256(model).hexdigest(),
             "transform": options.transform,
         },
-        "splits": {name: asdict(c) for name, c in counts.items()}, "dropped": dropped,
+        "splits": {name: asdict(c) for name, c in counts.items()}, "dropped": dropped, "sidecar": sidecar,
         "validation_threshold": threshold, "request": request,
     }  # fmt: skip
     write_bytes(out / "manifest.json", json.dumps(manifest, indent=1).encode())

@@ -100,8 +100,9 @@ class Scorer:
         """tokens (B, T) int64 -> natural-log probabilities (B, T, V) float32 of the piece after each position."""
         logprobs = torch.log_softmax(self.run(self.weights(), tokens), dim=-1).cpu().numpy()
         if self.runs:
-            rows = [np.log(self.runs.spread(row, np.exp(p))) for row, p in zip(tokens, logprobs, strict=True)]
-            logprobs = np.stack(rows).astype(np.float32)
+            below = np.exp(logprobs.astype(np.float64))
+            rows = [self.runs.spread(row, p) for row, p in zip(tokens, below, strict=True)]
+            logprobs = np.log(np.stack(rows)).astype(np.float32)
         return logprobs
 
     @torch.no_grad()
@@ -116,8 +117,9 @@ class Scorer:
             parts.append(logprobs.gather(-1, targets)[..., 0].cpu().numpy())
         scores = np.concatenate(parts)
         if self.runs:
-            rows = [np.log(self.runs.score(row, np.exp(p))) for row, p in zip(tokens, scores, strict=True)]
-            scores = np.stack(rows).astype(np.float32)
+            below = np.exp(scores.astype(np.float64))
+            rows = [self.runs.score(row, p) for row, p in zip(tokens, below, strict=True)]
+            scores = np.log(np.stack(rows)).astype(np.float32)
         return scores
 
     def forget(self) -> None:

@@ -42,7 +42,10 @@ class Stepper:
     def take(self, micro: list) -> None:
         """One step on a batch's micro-batches."""
         self.optimizers.zero_grad()
-        accumulate(self.model, micro, self.machine, self.config.shape.loops)
+        recipe = self.config.recipe
+        accumulate(
+            self.model, micro, self.machine, self.config.shape.loops, recipe.isolate, recipe.depth_loss == "each"
+        )  # fmt: skip
         self.optimizers.reduce_gradients()
         self.optimizers.gradient_norm()
         self.optimizers.step(0.5)

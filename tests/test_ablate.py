@@ -71,6 +71,9 @@ def test_a_plan_may_be_given_as_options(tmp_path, corpus):
     assert done.returncode == 0 and "seeds [3, 4]" in done.stdout and "| slow |" in done.stdout, done.stderr
     assert "--results" in run("-m", "golf.ablate", *words).stderr
     assert "preset is missing" in run("-m", "golf.ablate", "--results", "x").stderr
+    for words, said in ((["a=", "a="], "stands twice"), (['a="x'], "quotation mark")):
+        done = run("-m", "golf.ablate", "--preset", "smoke", "--results", "x", "--variants", *words)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def row(variant: str, seed: int, bpb: float, **more: object) -> dict:
@@ -85,7 +88,7 @@ def test_the_table_pairs_seeds_and_leaves_void_runs_out(tmp_path, corpus):
     def of(variant: str, seed: int, bpb: float, **more: object) -> dict:
         config = ablate.configuration(plan, variant, seed)
         words = [*ablate.words_of(plan, variant, seed), *ablate.budget_flags(plan, config)]
-        return row(variant, seed, bpb, fingerprint=config.fingerprint, flags=words, **more)
+        return row(variant, seed, bpb, fingerprint=config.fingerprint, flags=words, judge=False, **more)
 
     rows = [of(v, s, b) for v, s, b in (
         ("control", 1, 2.0), ("control", 2, 2.2), ("slow", 1, 1.9), ("slow", 2, 2.1))]  # fmt: skip

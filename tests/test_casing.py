@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from golf import casing
 
-letters = st.sampled_from(list("aAbBzZ\u00df\u0130\u0131\u017f\u0149\u01c5\u01c4\ue000\ue001\ue002 .,0Éé文\n"))
+letters = st.sampled_from(list(
+    "aAbBzZ\u03a3\u03c3\u03c2\u00df\u0130\u0131\u017f\u0149\u01c5\u01c4\ue000\ue001\ue002 .,0Éé文\n"
+))  # fmt: skip
 
 
 @settings(max_examples=500, deadline=None)

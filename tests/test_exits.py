@@ -91,8 +91,6 @@ def test_neither_other_rows_nor_what_follows_moves_a_token(rule):
 class StopsTogether:
     """Defect 2: everyone stops once most have, so that a token's depth depends on others."""
 
-    reads_head = False
-
     def stops(self, look: exits.Look) -> torch.Tensor:
         alone = exits.RandomDepth(0.4).stops(look)
         return torch.full_like(alone, bool(alone.double().mean() > 0.4))

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from golf import pace
 from golf.average import WeightAverage
 from golf.config import Config, Recipe, UsageError
 from golf.data import TokenStream, batches, coprime_stride
-from golf.machine import graphs
+from golf.machine import Machine, accumulate, graphs
 from golf.model import RecurrentGPT, exclude_own
 from golf.shape import BOS, Shape
 
@@ -172,3 +173,21 @@ def test_schedules_name_every_graph_they_need():
     assert [taper.decay_at(p) for p in (0.0, 0.7, 1.0)] == pytest.approx([0.1, 0.1, 0.05])
     with pytest.raises(UsageError, match="short-length 48"):
         Config(recipe=replace(recipe, short_length=48), shape=SHAPE).check()
+
+
+def test_a_part_that_waits_for_the_repeats_has_a_gradient_of_zero():
+    machine = Machine(torch.device("cpu"), torch.float32, "none")
+    model = RecurrentGPT(replace(SHAPE, pass_mix=True)).initialize(Recipe(), 1)
+    tokens = tokens_of().numpy()
+    accumulate(model, [(tokens, tokens)], machine, loops=1)
+    assert (model.pass_mix.grad == 0).all()
+    accumulate(model, [(tokens, tokens)], machine, loops=3)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_passes_that_are_all_trained_count_as_work():
+    shape = replace(SHAPE, skips=False)
+    once = Config(shape=shape, recipe=Recipe(sequence_length=64, batch_tokens=256))
+    each = replace(once, recipe=replace(once.recipe, depth_loss="each"))
+    assert pace.layers_and_ends(once) == (5, 1) and pace.layers_and_ends(each) == (7, 3)
+    assert pace.step_work(each)[2] == 3 * pace.step_work(once)[2]
