@@ -3,7 +3,7 @@
     python bench/step_speed.py [--data data/builtin] [--widths 128,192] [--rounds 7] [--json]
 
 For each width, in turn, several rounds, medians compared: the plain trainer, ours in float32 and in the machine's fast
-type, optimiser and data included; and a step's matrix products alone, forward and backward, in bfloat16.
+type, optimiser and data included; and a step's matrix products alone, forward and backward, in that type.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Ours(Stepper):
 
 
 class Products:
-    """The matrix products of one step and nothing else, in bfloat16."""
+    """The matrix products of one step and nothing else, in the machine's fast type."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, dtype: torch.dtype):
         shape, recipe = config.shape, config.recipe
         tokens, length, width = recipe.batch_tokens, recipe.sequence_length, shape.width
         rows = tokens // length
         layers = shape.effective_layers
-        made = lambda *dims: torch.randn(*dims).bfloat16()  # noqa: E731
+        made = lambda *dims: torch.randn(*dims).to(dtype)  # noqa: E731
         linear = [
             (width, width + 2 * shape.kv_width), (width, width), (width, shape.mlp_width), (shape.mlp_width, width),
         ] * layers + [(width, shape.vocab_size)]  # fmt: skip
@@ -73,24 +73,23 @@ class Products:
 
 def compare(config: Config, stream: TokenStream, rounds: int) -> dict:
     fast = Ours(replace(config, run=Run()), stream)
-    rows = {
-        "plain float32": PlainTrainer(config, stream),
-        "ours float32": Ours(replace(config, run=Run(dtype="float32")), stream),
-        f"ours {str(fast.machine.dtype)[6:]}": fast,
-        "products bfloat16": Products(config),
-    }
+    kind = str(fast.machine.dtype)[6:]
+    rows = {"plain float32": PlainTrainer(config, stream), f"ours {kind}": fast}
+    if kind != "float32":
+        rows["ours float32"] = Ours(replace(config, run=Run(dtype="float32")), stream)
+    products = rows[f"products {kind}"] = Products(config, fast.machine.dtype)
     taken: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(rounds + 2):
         for name, row in rows.items():
             taken[name].append(row.step())
     middle = {name: statistics.median(seconds[2:]) for name, seconds in taken.items()}
-    plain, alone, best = middle["plain float32"], middle["products bfloat16"], middle[list(rows)[2]]
+    plain, alone, best = middle["plain float32"], middle[f"products {kind}"], middle[f"ours {kind}"]
     tokens = config.recipe.batch_tokens
     return {
         "width": config.shape.width, "tokens_per_second": {n: round(tokens / s) for n, s in middle.items()},
         "over_plain": {n: round(plain / s, 2) for n, s in middle.items()},
         "share_of_products": round(alone / best, 3),
-        "products_gflops": round(rows["products bfloat16"].flops / alone / 1e9),
+        "products_gflops": round(products.flops / alone / 1e9), "type": kind,
     }  # fmt: skip
 
 
@@ -117,7 +116,7 @@ def main() -> None:
         return
     for row in found:
         print(f"width {row['width']}: {100 * row['share_of_products']:.0f} % of the rate of its products alone "
-              f"({row['products_gflops']} GFLOP/s in bfloat16)")  # fmt: skip
+              f"({row['products_gflops']} GFLOP/s in {row['type']})")  # fmt: skip
         for name, speed in row["tokens_per_second"].items():
             print(f"  {name:<18} {speed:>9,} tokens/s  {row['over_plain'][name]:.2f}x")
 
