@@ -20,7 +20,7 @@ from golf.files import write_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "shape", "config", "files", "loss", "model", "trellis", "grid", "rans", "entropy", "reference", "codec",
+    "shape", "config", "files", "loss", "block", "model", "trellis", "grid", "rans", "entropy", "reference", "codec",
     "quantize", "muon", "overlap", "data", "bpb", "clock", "machine", "calibrate", "noise", "average", "ngrams",
     "exits", "scoring",
 )  # fmt: skip
@@ -289,7 +289,7 @@ def literal(data: bytes) -> bytes:
 
 def packed(source: str) -> bytes:
     """The program compressed into a loader that runs it, its lines known to tracebacks and inspect."""
-    return LOADER % literal(bz2.compress(source.encode(), 9))  # 2 % smaller than lzma's best
+    return LOADER % literal(bz2.compress(source.encode(), 9))  # 1.6 % smaller than lzma's best
 
 
 def counted_files(config: Config) -> dict[str, bytes]:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from golf.block import Given, Kept, gathered
 from golf.config import UsageError, check_exits, check_threshold
-from golf.model import Given, Kept, RecurrentGPT, gathered
+from golf.model import RecurrentGPT
 
 SIZES = 8  # of the number of running positions in a row, as parts of its length
 

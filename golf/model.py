@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from golf.block import Block, Given, Kept, Tap, same_document
 from golf.config import Recipe
 from golf.loss import capped, capped_cross_entropy, part_loss
 from golf.shape import BOS, GATE_CHANNELS, PASS_WAVES, Shape
@@ -57,212 +57,11 @@ def role_of(name: str) -> Role:
     return role
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, half-split: x (B, H, T, head), cos and sin (T, R / 2); channels beyond R stay as they are."""
-    half = cos.size(-1)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
-
-
-def exclude_own(y: Tensor, v: Tensor) -> Tensor:
-    """y (B, H, T, head) less its part along the own value v (B, KV, T, head) of each position (contest, #265)."""
-    batch, heads, length, size = y.shape
-    own = F.normalize(v, dim=-1).unsqueeze(2)  # (B, KV, 1, T, head)
-    grouped = y.view(batch, v.size(1), heads // v.size(1), length, size)
-    return (grouped - (grouped * own).sum(dim=-1, keepdim=True) * own).view(y.shape)
-
-
 def with_spectrum(weight: Tensor, power: float) -> Tensor:
     """A matrix of the same singular vectors, whose k-th singular value is the first's times k^-power (contest,
     03-19_OvertoneInit)."""
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     return u * (s[0] * torch.arange(1, s.numel() + 1) ** -power) @ v
-
-
-# Told of a matrix's input (B, T, C) and output (B, T, R) at each use, when Hessians are collected.
-Tap = Callable[[str, Tensor, Tensor], None]
-STEEPEST = 80.0  # score whose exponential, times any number of keys, is still a float32
-QUERY_BLOCK = 32  # queries that a short row on a CPU attends at a time
-
-
-def same_document(tokens: Tensor) -> Tensor:
-    """tokens (B, T) -> (B, 1, T, T): whether a position may attend to another, at or before it in its document."""
-    document = (tokens == BOS).cumsum(dim=1)
-    seen = (document[:, :, None] == document[:, None, :]).tril()
-    return seen[:, None]
-
-
-@dataclass
-class Kept:
-    """Keys and values (B, KV, T, head) of one block for whole rows, of which only some positions still change."""
-
-    keys: Tensor
-    values: Tensor
-    at: Tensor  # (B, N) int64 position of each given state; a position may stand twice with the same state
-    moves: Tensor  # (B, N) bool: those of the others stay as they were
-
-    def take(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put in what moves of k and v (B, KV, N, head); returns all keys and values."""
-        place = self.at[:, None, :, None].expand_as(k)
-        for kept, new in ((self.keys, k), (self.values, v)):
-            kept.scatter_(2, place, torch.where(self.moves[:, None, :, None], new, kept.gather(2, place)))
-        return self.keys, self.values
-
-    def seen(self) -> Tensor:
-        """(B, 1, N, T): which positions each state attends to."""
-        return (self.at[:, :, None] >= torch.arange(self.keys.size(2), device=self.at.device))[:, None]
-
-
-@dataclass
-class Given:
-    """What every layer reads besides the state: of whole rows, or of some of their positions."""
-
-    start: Tensor  # (B, T, D) normalised embeddings
-    cos: Tensor  # (T, R / 2), or (B, 1, N, R / 2)
-    sin: Tensor
-    seen: Tensor | None = None  # (B, 1, T, T), or causal
-    own: Tensor | None = None  # (B, T, KV) added to values
-
-    def at(self, place: Tensor) -> Given:
-        """Of the positions (B, N) int64 only."""
-        own = None if self.own is None else gathered(self.own, place)
-        return Given(gathered(self.start, place), self.cos[place][:, None], self.sin[place][:, None], None, own)
-
-    def repeated(self, times: int) -> Given:
-        """The same rows several times over, one copy after the other."""
-        seen, own = (None if t is None else t.repeat(times, *[1] * (t.ndim - 1)) for t in (self.seen, self.own))
-        return Given(self.start.repeat(times, 1, 1), self.cos, self.sin, seen, own)
-
-
-def gathered(x: Tensor, place: Tensor) -> Tensor:
-    """x (B, T, D), place (B, N) int64 -> (B, N, D)."""
-    return x.gather(1, place[..., None].expand(-1, -1, x.size(-1)))
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-    """q (B, H, T, head), k and v (B, KV, T, head) -> (B, H, T, head), each position attending to itself and before,
-    or where `seen` (B, 1, T, T) says so.
-
-    Compiled for a CPU, short rows go as plain products, 32 queries against the keys up to them, divided by their sum
-    at the end. No maximum is taken off first: queries and keys come normalised, so that a score beyond STEEPEST, where
-    it would saturate, needs a gain of 10 at head size 64. A step of `laptop` in float32 took 291 ms where it took 308
-    with scaled_dot_product_attention (2 cores).
-    """
-    batch, heads, length, size = q.shape
-    groups = k.size(1)
-    if seen is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=groups != heads)
-    if not (torch.compiler.is_compiling() and q.device.type == "cpu" and length <= 512):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups != heads)
-    each = heads // groups
-    q = (q * size**-0.5).reshape(batch * groups, each, length, size)
-    k, v = k.reshape(batch * groups, length, size), v.reshape(batch * groups, length, size)
-    late = q.dtype == torch.float32  # rounded sums would not cancel in the gradients
-    parts = []
-    for start in range(0, length, QUERY_BLOCK):
-        end = min(length, start + QUERY_BLOCK)
-        count = end - start
-        scores = torch.bmm(q[:, :, start:end].reshape(batch * groups, each * count, size), k[:, :end].mT)
-        scores = scores.view(batch * groups, each, count, end).float()
-        seen = torch.ones(count, end, device=q.device).tril(start)
-        weight = torch.exp(scores.clamp(-STEEPEST, STEEPEST)) * seen
-        total = weight.sum(dim=-1, keepdim=True)
-        if not late:
-            weight = weight / total
-        part = torch.bmm(weight.to(q.dtype).view(batch * groups, each * count, end), v[:, :end])
-        part = part / total.view(batch * groups, each * count, 1) if late else part
-        parts.append(part.view(batch * groups, each, count, size))
-    return torch.cat(parts, dim=2).view(batch, heads, length, size)
-
-
-class Block(nn.Module):
-    """One unique transformer block: causal attention, then the squared-ReLU MLP, each with a learned scale.
-
-    The control vectors come from outside, so that a pass of a shared block can have its own.
-    """
-
-    def __init__(self, shape: Shape):
-        super().__init__()
-        self.heads, self.kv_heads, self.head_size = shape.heads, shape.kv_heads, shape.head_size
-        self.activation, self.exclusive = shape.activation, shape.exclusive
-        self.tap: Tap | None = None
-        width, kv_width, hidden = shape.width, shape.kv_width, shape.mlp_width
-        self.query = nn.Parameter(torch.empty(width, width))
-        self.key = nn.Parameter(torch.empty(kv_width, width))
-        self.value = nn.Parameter(torch.empty(kv_width, width))
-        self.out = nn.Parameter(torch.empty(width, width))
-        self.up = nn.Parameter(torch.empty(hidden, width))
-        if shape.activation == "swiglu":
-            self.gate = nn.Parameter(torch.empty(hidden, width))
-        self.down = nn.Parameter(torch.empty(width, hidden))
-
-    def attend(
-        self, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, attn_gate: Tensor | None,
-        own: Tensor | None, kept: Kept | None = None,
-    ) -> Tensor:  # fmt: skip
-        """x (B, T, D) normalised -> (B, T, D)."""
-        batch, length, width = x.shape
-        kv_width = self.kv_heads * self.head_size
-        weight = torch.cat((self.query, self.key, self.value)).to(x.dtype)  # one product instead of three
-        q, k, v = F.linear(x, weight).split((width, kv_width, kv_width), dim=-1)
-        if self.tap:
-            self.tap("query", x, q), self.tap("key", x, k), self.tap("value", x, v)
-        if own is not None:
-            v = v + own
-        q = q.view(batch, length, self.heads, self.head_size).transpose(1, 2)  # (B, H, T, head)
-        k = k.view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
-        v = v.view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
-        q = rotate(F.rms_norm(q, (self.head_size,)), cos, sin) * gain.to(x.dtype)[:, None, None]
-        k = rotate(F.rms_norm(k, (self.head_size,)), cos, sin)
-        y = causal_attention(q, k, v, seen) if kept is None else causal_attention(q, *kept.take(k, v), kept.seen())
-        if self.exclusive:
-            y = exclude_own(y, v)
-        if attn_gate is not None:
-            opened = 2 * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], attn_gate.to(x.dtype)))  # (B, T, H)
-            y = y * opened.transpose(1, 2)[..., None]
-        y = y.transpose(1, 2).reshape(batch, length, width)
-        out = F.linear(y, self.out.to(x.dtype))
-        if self.tap:
-            self.tap("out", y, out)
-        return out
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """x (B, T, D) normalised -> (B, T, D)."""
-        up = F.linear(x, self.up.to(x.dtype))
-        if self.activation == "swiglu":
-            opened = F.linear(x, self.gate.to(x.dtype))
-            hidden = up * F.silu(opened)
-            if self.tap:
-                self.tap("gate", x, opened)
-        else:
-            hidden = (F.leaky_relu(up, 0.5) if self.activation == "leaky-relu2" else F.relu(up)).square()
-        down = F.linear(hidden, self.down.to(x.dtype))
-        if self.tap:
-            self.tap("up", x, up), self.tap("down", hidden, down)
-        return down
-
-    def forward(
-        self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, attn_scale: Tensor, mlp_scale: Tensor, mix: Tensor,
-        gain: Tensor, seen: Tensor | None = None, attn_gate: Tensor | None = None, own: Tensor | None = None,
-        lane: Tensor | None = None, lane_mix: Tensor | None = None, depth_scale: float = 1.0, kept: Kept | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        """x, x0 (B, T, D); scales (D,), mix (2, D), gain (H,), gate (H, GATE_CHANNELS), own (B, T, KV) -> (B, T, D).
-
-        With a second `lane` (B, T, D) attention reads x, the MLP the lane, and both write to both as lane_mix (2, 3)
-        says: the two streams are returned (contest, #1529).
-        """
-        width = (x.size(-1),)
-        mix = mix.to(x.dtype)
-        if lane is None:
-            x = mix[0] * x + mix[1] * x0
-            found = self.attend(F.rms_norm(x, width) * depth_scale, gain, cos, sin, seen, attn_gate, own, kept)
-            x = x + attn_scale.to(x.dtype) * found
-            return x + mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(x, width) * depth_scale)
-        normal = F.rms_norm(mix[0] * x + mix[1] * x0, width) * depth_scale
-        found = attn_scale.to(x.dtype) * self.attend(normal, gain, cos, sin, seen, attn_gate, own)
-        thought = mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(lane, width) * depth_scale)
-        a, b = lane_mix.to(x.dtype)
-        return a[0] * x + a[1] * found + a[2] * thought, b[0] * lane + b[1] * found + b[2] * thought
 
 
 class RecurrentGPT(nn.Module):

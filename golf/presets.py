@@ -63,7 +63,7 @@ PRESETS = {
         Config("laptop_flat", "laptop", replace(LAPTOP_SHAPE, loops=1), LAPTOP_RECIPE),
         Config(
             "laptop_naive", "laptop", Shape(width=96, heads=4, kv_heads=2, core=4),
-            replace(BASELINE.recipe, sequence_length=256, batch_tokens=8192),  # the best of four pairs (LAB.md)
+            replace(BASELINE.recipe, sequence_length=256, batch_tokens=8192),  # best of three pairs (LAB.md)
             # int8 at 127 steps to a row's largest weight.
             Pack(
                 1 / 40, 1 / 40, rounding="nearest", quantizer="scalar", column_steps=False, row_power=1.0,

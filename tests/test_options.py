@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from golf import pace
 from golf.average import WeightAverage
+from golf.block import exclude_own
 from golf.config import Config, Recipe, UsageError
 from golf.data import TokenStream, batches, coprime_stride
 from golf.machine import Machine, accumulate, graphs
-from golf.model import RecurrentGPT, exclude_own
+from golf.model import RecurrentGPT
 from golf.shape import BOS, Shape
 
 SHAPE = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=3)
