@@ -40,6 +40,7 @@ from golf.files import write_bytes
 from golf.machine import Machine, accumulate, compile_model, keep_memory, peak_memory, set_up, warm_up_in_memory
 from golf.model import RecurrentGPT
 from golf.noise import GridNoise
+from golf.objective import Objective, pass_statistics
 from golf.overlap import optimizers_for
 from golf.quantize import Sensitivity, quantize
 from golf.scoring import Scorer
@@ -171,7 +172,7 @@ def train(
     rollback, noise = Rollback(result), GridNoise(model, config)
     timed = Clock(config.train_seconds, min(reserve, config.train_seconds / 2), machine.largest, machine.now)
     clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
-    average = WeightAverage(model, recipe.average)
+    average, objective = WeightAverage(model, recipe.average), Objective(config)
 
     def source_from(length: int, step: int) -> Iterator:
         rows = micro_rows * recipe.sequence_length // length
@@ -188,10 +189,14 @@ def train(
             length = recipe.sequence_length
             source = source_from(length, result.steps)
         optimizers.zero_grad()
+        objective.begin(progress)
         with noise.added(progress):
-            local_loss = accumulate(model, next(source), machine, loops, recipe.isolate, recipe.depth_loss == "each")
+            batch = next(source)
+            local_loss = accumulate(model, batch, machine, loops, objective)
         optimizers.reduce_gradients()
-        norm = optimizers.gradient_norm()
+        norm, told = optimizers.gradient_norm(), objective.told(model)
+        if recipe.target_depth and loops > 1:
+            objective.steer(machine.total([told["mean_depth"]])[0] / machine.world)
         loss = machine.total([float(local_loss)])[0] / machine.world
         if not (np.isfinite(loss) and np.isfinite(norm)):
             result.status, result.reason = "crash", f"loss {loss}, gradient norm {norm} at step {result.steps + 1}"
@@ -215,8 +220,11 @@ def train(
             "event": "step", "step": result.steps, "loss": round(loss, 5),
             "elapsed": round(result.train_seconds, 3), "ms": round(seconds * 1e3, 1),
             "progress": round(progress, 5), "loops": loops, "rate_scale": round(recipe.rate_scale(progress), 4),
-            "gradient_norm": round(norm, 4), "tokens": result.tokens, "limit": config.train_seconds,
+            "gradient_norm": round(norm, 4), "tokens": result.tokens, "limit": config.train_seconds, **told,
         })  # fmt: skip
+        if loops > 1 and run.log_every and result.steps % run.log_every == 0 and machine.rank == 0:
+            report({"event": "passes", "step": result.steps, **pass_statistics(
+                model, batch[0][0][:1], machine.dtype, loops)})  # fmt: skip
         if run.validate_every and result.steps % run.validate_every == 0:
             with clock.paused():
                 score = validation_score(model, corpus, config, machine)

@@ -51,9 +51,10 @@ class Kept:
 
     def take(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put in what moves of k and v (B, KV, N, head); returns all keys and values."""
-        place = self.at[:, None, :, None].expand_as(k)
-        for kept, new in ((self.keys, k), (self.values, v)):
-            kept.scatter_(2, place, torch.where(self.moves[:, None, :, None], new, kept.gather(2, place)))
+        place, moves = self.at[:, None, :, None].expand_as(k), self.moves[:, None, :, None]
+        put = Tensor.scatter if torch.is_grad_enabled() else Tensor.scatter_
+        self.keys = put(self.keys, 2, place, torch.where(moves, k, self.keys.gather(2, place)))
+        self.values = put(self.values, 2, place, torch.where(moves, v, self.values.gather(2, place)))
         return self.keys, self.values
 
     def seen(self) -> Tensor:

@@ -20,9 +20,9 @@ from golf.files import write_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "shape", "config", "files", "loss", "block", "model", "trellis", "grid", "rans", "entropy", "reference", "codec",
-    "quantize", "muon", "overlap", "data", "bpb", "clock", "machine", "calibrate", "noise", "average", "ngrams",
-    "exits", "scoring",
+    "shape", "config", "files", "halting", "loss", "block", "model", "objective", "trellis", "grid", "rans", "entropy",
+    "reference", "codec", "quantize", "muon", "overlap", "data", "bpb", "clock", "machine", "calibrate", "noise",
+    "average", "ngrams", "exits", "scoring",
 )  # fmt: skip
 PACKAGES = {"torch", "numpy", "sentencepiece", "zstandard", *sys.stdlib_module_names}
 KEPT = ("load_scorer", "main", "CONFIG")

@@ -43,8 +43,21 @@ class Recipe:
     shared_rate: float = 1.0
     """Factor on the rate of a shared block's matrices; 0 divides it by the block's passes, 1 leaves it to Muon's
     normalisation."""
-    depth_loss: Literal["last", "each"] = "last"
-    """Train what the last pass leads to, or what every pass leads to, all alike, so that a token may stop at any."""
+    depth_loss: Literal["last", "each", "gate"] = "last"
+    """Train what the last pass leads to; what every pass leads to, all alike, so that a token may stop at any; or each
+    as likely as the model's own gate stops there."""
+    prior_weight: float = 0.1
+    """Weight of the divergence of a hazard gate's exits from their prior."""
+    prior_hazard: float = 0.0
+    """Chance to stop after each pass in that prior, cut at the last; 0 is the uniform prior."""
+    halt_penalty: float = 0.0
+    """Nats added for a mean depth of all passes; a gate that stops earlier pays its share."""
+    halt_warmup: float = 0.1
+    """Fraction of the clock, from the repeats on, over which that penalty rises."""
+    target_depth: float = 0.0
+    """Mean number of passes that the penalty is steered to; 0 leaves it as it is."""
+    gate_bias: float = 0.0
+    """Added to the gate's logits at the start; below 0 is a gate that keeps looping."""
     random_loops: bool = False
     """Draw the number of passes anew each step, from 1 to the shape's, once repeats are on."""
     loops_from: float = 0.0
@@ -158,10 +171,11 @@ class Scoring:
     """Forget at the start of each document."""
     ngram_order: int = 0
     """Longest context whose successors in the scored text sharpen the model's distribution; 0 counts nothing."""
-    exit: Literal["none", "fixed", "random", "entropy", "margin", "divergence", "difference"] = "none"
+    exit: Literal["none", "fixed", "random", "entropy", "margin", "divergence", "difference", "gate"] = "none"
     """Rule by which each token stops at a pass of its own."""
     exit_threshold: float = 0.0
-    """The rule's: passes, chance, nats of entropy, margin of probabilities, nats moved, share of the state moved."""
+    """The rule's: passes, chance, nats of entropy, margin of probabilities, nats moved, share of the state moved, or
+    what the gate's exits must have summed to."""
     phase_tokens: int = 0
     """Targets after which one pass over them is made that is never forgotten; 0 makes none."""
     phase_rate: float = 1e-3
@@ -266,8 +280,7 @@ class Config:
         check_recipe(self.recipe, self.run, world_size)
         check_pack(self.pack)
         check_scoring(self.scoring, self.recipe.sequence_length, self.shape)
-        if self.recipe.depth_loss == "each":
-            check_exits(self.shape)
+        check_gate(self.shape, self.recipe, self.run)
         step = self.recipe.noise_step or self.pack.matrix_step
         told = self.recipe.grid_noise == "off" or step > 0
         require(told, "recipe.noise_step", self.recipe.noise_step, "name the grid's step in row deviations")
@@ -322,9 +335,33 @@ def check_exits(shape: Shape) -> None:
             raise UsageError(f"--{option}: {way_out} where tokens stop by themselves.")
 
 
-def check_threshold(rule: str, threshold: float, loops: int) -> None:
-    """Raise UsageError for a threshold that its rule cannot take."""
-    most = {"fixed": loops, "random": 1.0, "margin": 1.0}.get(rule, 1e6)
+def check_gate(shape: Shape, recipe: Recipe, run: Run) -> None:
+    """Raise UsageError for passes that cannot all be trained, or a gate that nothing trains or that this loss lacks."""
+    gate, loss = shape.exit_gate, recipe.depth_loss
+    if loss != "last" or gate != "none":
+        check_exits(shape)
+    require(loss != "gate" or gate != "none", "recipe.depth_loss", loss, "name a gate with --shape.exit-gate")
+    require(gate != "act" or loss == "gate", "shape.exit_gate", gate, "it needs --recipe.depth-loss gate")
+    require(gate != "act" or not recipe.isolate, "recipe.isolate", True, "tokens that stop see their whole row")
+    require(loss == "last" or run.compile != "model", "run.compile", run.compile, f"depth loss {loss} needs block")
+    for name in ("halt_penalty", "target_depth"):
+        value = getattr(recipe, name)
+        require(value == 0 or loss == "gate", f"recipe.{name}", value, "it needs --recipe.depth-loss gate")
+        require(0 <= value < 1e6, f"recipe.{name}", value, "give 0 or more")
+    fits = recipe.target_depth == 0 or 1 <= recipe.target_depth <= shape.loops
+    require(fits, "recipe.target_depth", recipe.target_depth, f"give 1 to {shape.loops} passes, or 0")
+    require(0 <= recipe.prior_weight < 1e6, "recipe.prior_weight", recipe.prior_weight, "give 0 or more")
+    require(0 <= recipe.prior_hazard < 1, "recipe.prior_hazard", recipe.prior_hazard, "give 0 or more and less than 1")
+    require(abs(recipe.gate_bias) <= 100, "recipe.gate_bias", recipe.gate_bias, "give -100 to 100")
+
+
+def check_threshold(rule: str, threshold: float, shape: Shape) -> None:
+    """Raise UsageError for a threshold that its rule cannot take, or a rule that the shape cannot follow."""
+    loops, gate = shape.loops, shape.exit_gate
+    require(rule != "gate" or gate != "none", "scoring.exit", rule, "the model has no gate, give another rule")
+    fits = rule == "gate" or gate != "act"
+    require(fits, "scoring.exit", rule, "the model mixes its passes by its own gate, give gate")
+    most = {"fixed": loops, "random": 1.0, "margin": 1.0, "gate": 1.0}.get(rule, 1e6)
     whole = rule != "fixed" or threshold in range(1, loops + 1)
     way_out = f"{rule} takes {1 if rule == 'fixed' else 0} to {most:g}"
     require(0 <= threshold <= most and whole, "scoring.exit_threshold", f"{threshold:g}", way_out)
@@ -351,6 +388,7 @@ def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:
     require(fits, "recipe.short_length", short, f"give a divisor of {recipe.sequence_length}, or 0")
     for name in (
         "short_until",
+        "halt_warmup",
         "decay_taper",
         "average",
         "loops_from",
@@ -391,9 +429,11 @@ def check_scoring(scoring: Scoring, context: int, shape: Shape) -> None:
     """Raise UsageError for a model of this shape that cannot be asked so."""
     if scoring.exit != "none":
         check_exits(shape)
-        check_threshold(scoring.exit, scoring.exit_threshold, shape.loops)
+        check_threshold(scoring.exit, scoring.exit_threshold, shape)
         require(not scoring.isolate, "scoring.isolate", True, "tokens that stop see their whole row")
         require(scoring.adapt_rank == 0, "scoring.adapt_rank", scoring.adapt_rank, "give 0 where tokens stop")
+    still = shape.exit_gate != "act" or not (scoring.isolate or scoring.adapt_rank)
+    require(still, "scoring.isolate" if scoring.isolate else "scoring.adapt_rank", "on", "an ACT model's tokens stop")
     require(0 <= scoring.ngram_order <= 3, "scoring.ngram_order", scoring.ngram_order, "give 0 to 3")
     fits = shape.vocab_size ** (scoring.ngram_order + 1) < 1 << 63
     require(fits, "scoring.ngram_order", scoring.ngram_order, "too long for this vocabulary, give less")

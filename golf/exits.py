@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from golf.block import Given, Kept, gathered
+from golf.block import gathered
 from golf.config import UsageError, check_exits, check_threshold
+from golf.halting import SLACK
 from golf.model import RecurrentGPT
+from golf.shape import Shape
 
 SIZES = 8  # of the number of running positions in a row, as parts of its length
 
@@ -32,6 +34,7 @@ class Look:
     read: Callable[[Tensor], Tensor]
     """States (B, N, D) -> log-probabilities (B, N, V) float32."""
     keys: Tensor  # (B, N) int64, a hash of the positions' last pieces
+    spent: Tensor  # (B, N) what the gate's exits sum to; zero without one
 
 
 @dataclass(frozen=True)
@@ -103,18 +106,28 @@ class Difference:
         return moved <= self.threshold * look.state.float().norm(dim=-1)
 
 
-Rule = FixedDepth | RandomDepth | Entropy | Margin | Divergence | Difference
+@dataclass(frozen=True)
+class Gate:
+    """Stop where the model's own exits have summed to `threshold` (PALBERT's Q-exit; ACT's 1 - epsilon)."""
+
+    threshold: float
+
+    def stops(self, look: Look) -> Tensor:
+        return look.spent >= self.threshold - SLACK
+
+
+Rule = FixedDepth | RandomDepth | Entropy | Margin | Divergence | Difference | Gate
 RULES = {
     "fixed": FixedDepth, "random": RandomDepth, "entropy": Entropy, "margin": Margin, "divergence": Divergence,
-    "difference": Difference,
+    "difference": Difference, "gate": Gate,
 }  # fmt: skip
 
 
-def make_rule(name: str, threshold: float, loops: int) -> Rule:
-    """A rule by name. Raises UsageError for a name or threshold that is none."""
+def make_rule(name: str, threshold: float, shape: Shape) -> Rule:
+    """A rule by name. Raises UsageError for a name or threshold that is none, or that a shape cannot follow."""
     if name not in RULES:
         raise UsageError(f"--scoring.exit {name:.60}: give one of {', '.join(RULES)}.")
-    check_threshold(name, threshold, loops)
+    check_threshold(name, threshold, shape)
     return FixedDepth(int(threshold)) if name == "fixed" else RULES[name](threshold)
 
 
@@ -162,45 +175,35 @@ def run_exits(
     to the same end."""
     shape = model.shape
     check_exits(shape)
-    given, keys = model.enter(tokens, dtype), prefix_keys(tokens)
-    layers = shape.layers()
-    x = given.start
-    for block, row in layers[: shape.prelude]:
-        x = model.layer(x, given, block, row)
-    rows, length = tokens.shape
-    empty = lambda: x.new_zeros(rows, shape.kv_heads, length, shape.head_size)  # noqa: E731
-    banks = [(empty(), empty()) for _ in range(shape.core)]
-    running = torch.ones(rows, length, dtype=torch.bool, device=tokens.device)
-    depths = torch.zeros(rows, length, dtype=torch.int64, device=tokens.device)
+    (given, x), keys = model.first(tokens, dtype), prefix_keys(tokens)
+    kept, running = model.nothing_kept(x), torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
+    depths, computed = torch.zeros(tokens.shape, dtype=torch.int64, device=tokens.device), []
+    spent = x.new_zeros(tokens.shape, dtype=torch.promote_types(dtype, torch.float32))
+    mixed = torch.zeros_like(x)  # of an ACT model
     read = lambda states: F.log_softmax(model.head(F.rms_norm(states, (shape.width,))), dim=-1)  # noqa: E731
-    computed = []
     for passed in range(1, shape.loops + 1):
         place, moves = select(running, gather)
+        for bank in kept:
+            bank.at, bank.moves = place, moves
         before = gathered(x, place)
-        part = one_pass(model, before, given.at(place), layers, passed, banks, place, moves)
+        part = model.again(before, given.at(place), passed, kept)
         computed.append(place.numel())
         x = x.scatter(1, place[..., None].expand_as(part), torch.where(moves[..., None], part, before))
         depths += running
         if passed == shape.loops:
             break
-        look = Look(passed, part, before, read, keys.gather(1, place))
+        look = Look(passed, part, before, read, keys.gather(1, place), spent.gather(1, place))
+        if shape.exit_gate != "none":
+            stop, left = torch.sigmoid(model.gate(part, passed)), 1 - look.spent
+            look.spent = look.spent + stop * (left if shape.exit_gate == "hazard" else 1)
         still = moves & ~rule.stops(look)
+        if shape.exit_gate == "act":
+            share = torch.where(moves, torch.where(still, stop, left), 0.0)[..., None].to(dtype)
+            mixed = mixed.scatter(1, place[..., None].expand_as(part), gathered(mixed, place) + share * part)
+        spent = spent.scatter(1, place, torch.where(moves, look.spent, spent.gather(1, place)))
         running = torch.zeros_like(running).scatter(1, place, still) & running
         if not running.any():
             break
-    for block, row in layers[len(layers) - shape.coda :]:
-        x = model.layer(x, given, block, row)
-    return Exits(F.rms_norm(x, (shape.width,)), depths, computed)
-
-
-def one_pass(
-    model: RecurrentGPT, x: Tensor, given: Given, layers: list[tuple[int, int]], passed: int,
-    banks: list[tuple[Tensor, Tensor]], place: Tensor, moves: Tensor,
-) -> Tensor:  # fmt: skip
-    """The core's blocks once over the states x (B, N, D) of positions `place`."""
-    shape = model.shape
-    first = shape.prelude + (passed - 1) * shape.core
-    for (block, row), (keys, values) in zip(layers[first : first + shape.core], banks, strict=True):
-        x = model.between(x, block, passed - 1, None)
-        x = model.layer(x, given, block, row, kept=Kept(keys, values, place, moves))
-    return x
+    if shape.exit_gate == "act":
+        x = mixed + torch.where(running, 1 - spent, 0.0)[..., None].to(dtype) * x
+    return Exits(model.last(x, given), depths, computed)

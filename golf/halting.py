@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SLACK = 1e-6  # by which a sum of chances may fall short: rounding must not cost a pass
+EPSILON = 0.01  # by which ACT's may (Graves 2016)
+ACT_BIAS = -3.0  # of its gate at the start, which then rarely stops before the last pass
+
 
 def exit_logprobs(hazards: Tensor) -> Tensor:
     """hazards (R - 1, ...) logits of stopping after pass 1 .. R - 1 -> (R, ...) log-probability of each exit.
@@ -57,7 +61,7 @@ def expected_loss(losses: Tensor, logprobs: Tensor) -> Tensor:
     return (logprobs.exp() * losses).sum(dim=0)
 
 
-def act(stops: Tensor, epsilon: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
+def act(stops: Tensor, epsilon: float = EPSILON) -> tuple[Tensor, Tensor, Tensor]:
     """Adaptive computation time (Graves 2016): stops (R, ...) in [0, 1] after each pass -> weights (R, ...), passes
     (...) and remainder (...).
 
@@ -68,7 +72,7 @@ def act(stops: Tensor, epsilon: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
     running = torch.ones_like(total, dtype=torch.bool)
     passes, remainder = torch.zeros_like(total), torch.zeros_like(total)
     for at, stop in enumerate(stops):
-        ends = running if at == len(stops) - 1 else running & (total + stop >= 1 - epsilon)
+        ends = running if at == len(stops) - 1 else running & (total + stop >= 1 - epsilon - SLACK)
         weight = torch.where(ends, 1 - total, torch.where(running, stop, torch.zeros_like(stop)))
         remainder = torch.where(ends, 1 - total, remainder)
         passes = passes + running
@@ -91,5 +95,5 @@ def gate_loss(losses: Tensor, hazards: Tensor, least_gain: float = 0.005, steepn
 
 def quantile_exit(logprobs: Tensor, quantile: float) -> Tensor:
     """(R, ...) -> (...) int64: the first pass by which the exits' probabilities sum to `quantile` (PALBERT, 2022)."""
-    before = (logprobs.exp().cumsum(dim=0) < quantile - 1e-6).sum(dim=0)
+    before = (logprobs.exp().cumsum(dim=0) < quantile - SLACK).sum(dim=0)
     return before.clamp(max=len(logprobs) - 1) + 1

@@ -23,8 +23,9 @@ def pieces(count: int) -> list[slice]:
     return [slice(at, at + size) for at in range(0, count, size)]
 
 
-def part_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss of x (N, D) over `count`, and its gradients: for x, of x's type, and for weight (V, D).
+def part_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (N,) float32 of x (N, D), and the gradients of their sum times scale (N, 1): for x, of x's type, and for
+    weight (V, D).
 
     With r = 1 / (exp(2 z / cap) + 1) a capped logit is cap - 2 cap r and its slope 4 r (1 - r): one exponential in
     place of a hyperbolic tangent, and the softmax of -2 cap r needs no maximum.
@@ -40,43 +41,50 @@ def part_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float, count: int
     share = torch.exp(logits)
     total = share.sum(dim=-1, keepdim=True)
     hit = torch.arange(weight.size(0), device=x.device) == targets[:, None]
-    gradient = ((share / total - hit.float()) * slope / count).to(x.dtype)
+    gradient = ((share / total - hit.float()) * (slope * scale)).to(x.dtype)
     chosen = logits.gather(-1, targets[:, None])
-    return (torch.log(total) - chosen).sum() / count, gradient @ weight, gradient.mT @ x
+    return (torch.log(total) - chosen)[:, 0], gradient @ weight, gradient.mT @ x
 
 
 class CappedCrossEntropy(torch.autograd.Function):
-    """Mean nats a target; the logits of all positions need not exist at once, and backward only scales."""
+    """Losses times their scales, summed, and each loss; the logits of all positions need not exist at once, and
+    backward only multiplies."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, part: Callable) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, cap: float, part: Callable) -> tuple:
         flat, wanted, narrow = x.detach().flatten(0, -2), targets.flatten(), weight.detach().to(x.dtype)
-        loss = torch.zeros((), device=x.device)
-        to_x, to_weight = torch.empty_like(flat), torch.zeros_like(weight)
+        scales = scale.detach().float().flatten()
+        to_x, to_weight, losses = torch.empty_like(flat), torch.zeros_like(weight), torch.empty_like(scales)
         for piece in pieces(len(flat)):
-            added, to_x[piece], grown = part(flat[piece], narrow, wanted[piece], cap, len(flat))
-            loss += added
+            losses[piece], to_x[piece], grown = part(flat[piece], narrow, wanted[piece], cap, scales[piece, None])
             to_weight += grown
-        ctx.save_for_backward(to_x.view_as(x), to_weight)
-        return loss
+        losses = losses.view(targets.shape)
+        ctx.save_for_backward(to_x.view_as(x), to_weight, losses)
+        ctx.mark_non_differentiable(losses)
+        return (losses.flatten() * scales).sum(), losses
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:
-        to_x, to_weight = ctx.saved_tensors
-        return to_x * gradient, to_weight * gradient, None, None, None
+    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple:
+        to_x, to_weight, losses = ctx.saved_tensors
+        to_scale = losses * gradient if ctx.needs_input_grad[3] else None
+        return to_x * gradient, to_weight * gradient, None, to_scale, None, None
 
 
 def capped_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, cap: float, part: Callable = part_loss
-) -> Tensor:  # fmt: skip
-    """x (B, T, D), weight (V, D), targets (B, T) -> mean nats a target. `part` is part_loss, compiled or not.
+    x: Tensor, weight: Tensor, targets: Tensor, cap: float, part: Callable = part_loss, shares: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x (B, T, D), weight (V, D), targets (B, T) -> mean nats a target, and the nats of each (B, T) without gradients.
 
-    One pass over chunks with its gradients follows Liger's fused linear cross-entropy (Hsu et al. 2024).
+    The mean is of losses times `shares` (B, T) where they are given, which receive gradients too. `part` is part_loss,
+    compiled or not. One pass over chunks with its gradients follows Liger's fused linear cross-entropy (Hsu et al.
+    2024).
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return CappedCrossEntropy.apply(x, weight, targets, cap, part)
-    flat, wanted, total = x.flatten(0, -2), targets.flatten(), torch.zeros((), device=x.device)
+        scale = torch.ones(targets.shape, device=x.device) if shares is None else shares
+        return CappedCrossEntropy.apply(x, weight, targets, scale / targets.numel(), cap, part)
+    flat, wanted, losses = x.flatten(0, -2), targets.flatten(), []
     for piece in pieces(len(flat)):
         logits = capped(F.linear(flat[piece], weight.to(x.dtype)), cap)
-        total += F.cross_entropy(logits, wanted[piece], reduction="sum")
-    return total / len(flat)
+        losses.append(F.cross_entropy(logits, wanted[piece], reduction="none"))
+    losses = torch.cat(losses).view(targets.shape)
+    return (losses if shares is None else losses * shares).mean(), losses

@@ -21,6 +21,7 @@ from torch import Tensor
 from golf.config import Config, UsageError
 from golf.loss import part_loss
 from golf.model import RecurrentGPT
+from golf.objective import Objective
 from golf.muon import Optimizers
 
 
@@ -158,14 +159,12 @@ def compile_model(model: RecurrentGPT, mode: str) -> None:
     model.loss_part = torch.compile(part_loss, dynamic=False)
 
 
-def accumulate(
-    model: RecurrentGPT, micro: list, machine: Machine, loops: int, isolate: bool = False, each: bool = False
-) -> Tensor:  # fmt: skip
+def accumulate(model: RecurrentGPT, micro: list, machine: Machine, loops: int, objective: Objective) -> Tensor:
     """Gradients of the mean loss over a rank's micro-batches, added to .grad; returns that loss."""
     total = torch.zeros((), device=machine.device)
     for inputs, targets in micro:
         tokens, wanted = (torch.from_numpy(a).to(machine.device, non_blocking=True) for a in (inputs, targets))
-        loss = model(tokens, wanted, machine.dtype, loops, isolate, each) / len(micro)
+        loss = objective.loss(model, tokens, wanted, machine.dtype, loops) / len(micro)
         loss.backward()
         total += loss.detach()
     for p in model.parameters():
@@ -191,7 +190,7 @@ def warm_up(model: RecurrentGPT, optimizers: Optimizers, config: Config, machine
     Returns False, on every rank, when memory ran out on any: nothing that ranks do together is begun before all of
     them have been through a backward pass.
     """
-    recipe, shape = config.recipe, config.shape
+    recipe, shape, objective = config.recipe, config.shape, Objective(config)
     saved = [p.detach().clone() for p in model.parameters()]
     row = np.arange(micro_rows * recipe.sequence_length, dtype=np.int64).reshape(micro_rows, -1) % shape.vocab_size
     failed = 0.0
@@ -200,7 +199,7 @@ def warm_up(model: RecurrentGPT, optimizers: Optimizers, config: Config, machine
         for _ in range(2):
             try:
                 optimizers.zero_grad()
-                accumulate(model, [(row, row)], machine, loops, recipe.isolate, recipe.depth_loss == "each")
+                accumulate(model, [(row, row)], machine, loops, objective)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise

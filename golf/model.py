@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from golf.block import Block, Given, Kept, Tap, same_document
 from golf.config import Recipe
+from golf.halting import ACT_BIAS, EPSILON, SLACK, uniform_biases
 from golf.loss import capped, capped_cross_entropy, part_loss
 from golf.shape import BOS, GATE_CHANNELS, PASS_WAVES, Shape
 
@@ -19,7 +20,7 @@ class Role:
     """What a parameter is: who updates it and how it starts; golf.config says how the artifact stores it."""
 
     optimizer: str  # muon | embed | scalar
-    init: str  # fan_in | zero | one | mix | gain | embed | lanes
+    init: str  # fan_in | zero | one | mix | gain | embed | lanes | exits
 
 
 # Every parameter's role, by the last part of its name. The contest's baseline starts its linear layers with
@@ -46,6 +47,8 @@ ROLES = {
     "bigram_out": Role("muon", "zero"),
     "value_table": Role("embed", "zero"),
     "lane_mix": Role("scalar", "lanes"),
+    "exit_weight": Role("scalar", "zero"),
+    "exit_bias": Role("scalar", "exits"),
 }
 
 
@@ -62,6 +65,15 @@ def with_spectrum(weight: Tensor, power: float) -> Tensor:
     03-19_OvertoneInit)."""
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     return u * (s[0] * torch.arange(1, s.numel() + 1) ** -power) @ v
+
+
+@dataclass
+class Pondered:
+    """What adaptive computation time leads to."""
+
+    states: Tensor  # (B, T, D) normalised
+    passes: Tensor  # (B, T) int64
+    remainder: Tensor  # (B, T) weight of each token's last pass
 
 
 class RecurrentGPT(nn.Module):
@@ -98,6 +110,9 @@ class RecurrentGPT(nn.Module):
             self.value_table = nn.Parameter(torch.empty(shape.vocab_size, shape.kv_width))
         if shape.lanes:
             self.lane_mix = nn.Parameter(torch.empty(rows, 2, 3))
+        if shape.exit_gate != "none":
+            self.exit_weight = nn.Parameter(torch.empty(1, shape.width))
+            self.exit_bias = nn.Parameter(torch.empty(1, shape.loops - 1))
         self.tap: Tap | None = None
         self.loss_part = part_loss  # compiled or not
         self.angles: dict[tuple, tuple[Tensor, Tensor]] = {}
@@ -123,6 +138,10 @@ class RecurrentGPT(nn.Module):
                 value.copy_(torch.tensor([1.1, 1.0, 1.0]))
             elif rule == "mix":
                 value.copy_(torch.tensor([1.0, 0.0])[:, None])
+            elif rule == "exits":
+                prior = uniform_biases(self.shape.loops)
+                value.copy_(torch.tensor(prior if self.shape.exit_gate == "hazard" else [ACT_BIAS] * len(prior)))
+                value += recipe.gate_bias
             elif rule in ("zero", "one", "gain"):
                 value.fill_({"zero": 0.0, "one": 1.0, "gain": recipe.qk_gain}[rule])
             else:
@@ -141,10 +160,13 @@ class RecurrentGPT(nn.Module):
         return self.angles[key]
 
     def hidden(
-        self, tokens: Tensor, dtype: torch.dtype = torch.float32, loops: int | None = None, isolate: bool = False
-    ) -> Tensor:
+        self, tokens: Tensor, dtype: torch.dtype = torch.float32, loops: int | None = None, isolate: bool = False,
+        seen: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """tokens (B, T) int64 -> normalised final states (B, T, D) in `dtype`; with `isolate` no position attends
-        beyond its document."""
+        beyond its document. The state after each pass of the core is added to `seen`."""
+        if self.shape.exit_gate == "act":
+            return self.pondered(tokens, dtype, loops).states
         shape, given = self.shape, self.enter(tokens, dtype, isolate)
         x, lane, pushed = given.start, None, []
         layers, pops = shape.layers(loops), shape.skip_layers(loops)
@@ -162,26 +184,87 @@ class RecurrentGPT(nn.Module):
             made[block] = x
             if layer < pops.start:
                 pushed.append(x)
+            if seen is not None and block == shape.prelude + shape.core - 1:
+                seen.append(x)
         x = x if lane is None else (x + lane) / 2
         return F.rms_norm(x, (shape.width,))
 
+    # -- of shapes whose tokens may stop (config.check_exits) --
+
+    def first(self, tokens: Tensor, dtype: torch.dtype, isolate: bool = False) -> tuple[Given, Tensor]:
+        """tokens (B, T) -> what layers read, and the states (B, T, D) that the first pass begins with."""
+        given = self.enter(tokens, dtype, isolate)
+        x = given.start
+        for block, row in self.shape.layers(1)[: self.shape.prelude]:
+            x = self.layer(x, given, block, row)
+        return given, x
+
+    def again(self, x: Tensor, given: Given, passed: int, kept: list[Kept] | None = None) -> Tensor:
+        """States x (B, N, D) after pass `passed`, 1 for the first; where only some positions change their blocks' keys
+        and values are `kept`."""
+        shape = self.shape
+        start = shape.prelude + (passed - 1) * shape.core
+        for at, (block, row) in enumerate(shape.layers(max(passed, shape.loops))[start : start + shape.core]):
+            x = self.layer(
+                self.between(x, block, passed - 1, None), given, block, row, kept=kept[at] if kept else None
+            )  # fmt: skip
+        return x
+
+    def last(self, x: Tensor, given: Given) -> Tensor:
+        """States x (B, T, D) of the last passes -> normalised final states."""
+        shape = self.shape
+        for block, row in shape.layers()[len(shape.layers()) - shape.coda :]:
+            x = self.layer(x, given, block, row)
+        return F.rms_norm(x, (shape.width,))
+
+    def nothing_kept(self, x: Tensor) -> list[Kept]:
+        """For each block of the core, of states x (B, T, D): every position changes, and nothing is known yet."""
+        shape, (rows, length, _) = self.shape, x.shape
+        empty = x.new_zeros(rows, shape.kv_heads, length, shape.head_size)
+        everywhere = torch.arange(length, device=x.device).expand(rows, -1)
+        moves = torch.ones_like(everywhere, dtype=torch.bool)
+        return [Kept(empty.clone(), empty.clone(), everywhere, moves) for _ in range(shape.core)]
+
+    def gate(self, x: Tensor, passed: int) -> Tensor:
+        """States x (..., D) after a pass below the last -> (...) logits of stopping, float32 or wider."""
+        read = F.rms_norm(x, (x.size(-1),)).to(torch.promote_types(x.dtype, torch.float32))
+        return F.linear(read, self.exit_weight.to(read.dtype))[..., 0] + self.exit_bias[0, passed - 1]
+
     def each(
         self, tokens: Tensor, dtype: torch.dtype = torch.float32, loops: int | None = None, isolate: bool = False
-    ) -> Tensor:  # fmt: skip
-        """tokens (B, T) -> (R, B, T, D): the normalised final states that each number of passes leads to, of a shape
-        whose tokens may stop (config.check_exits); the last are those of hidden()."""
-        shape, given = self.shape, self.enter(tokens, dtype, isolate)
-        layers, x, found = shape.layers(loops), given.start, []
-        for block, row in layers[: shape.prelude]:
-            x = self.layer(x, given, block, row)
-        for at in range(shape.prelude, len(layers) - shape.coda, shape.core):
-            for block, row in layers[at : at + shape.core]:
-                x = self.layer(self.between(x, block, len(found), None), given, block, row)
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """tokens (B, T) -> (R, B, T, D): the states after each pass, and the normalised final states that stopping there
+        leads to; the last are those of hidden()."""
+        given, x = self.first(tokens, dtype, isolate)
+        found = []
+        for passed in range(1, (loops or self.shape.loops) + 1):
+            x = self.again(x, given, passed)
             found.append(x)
-        x, whole = torch.cat(found), given.repeated(len(found))
-        for block, row in layers[len(layers) - shape.coda :]:
-            x = self.layer(x, whole, block, row)
-        return F.rms_norm(x, (shape.width,)).unflatten(0, (len(found), -1))
+        states = self.last(torch.cat(found), given.repeated(len(found)))
+        return torch.stack(found), states.unflatten(0, (len(found), -1))
+
+    def pondered(self, tokens: Tensor, dtype: torch.dtype = torch.float32, loops: int | None = None) -> Pondered:
+        """tokens (B, T) -> the passes' states mixed as adaptive computation time says (halting.act); a token that
+        stopped keeps its state, keys and values."""
+        given, x = self.first(tokens, dtype)
+        kept, loops = self.nothing_kept(x), loops or self.shape.loops
+        running = torch.ones(tokens.shape, dtype=torch.bool, device=x.device)
+        mixed, spent = torch.zeros_like(x), torch.zeros(tokens.shape, device=x.device)
+        passes = torch.zeros(tokens.shape, dtype=torch.int64, device=x.device)
+        for passed in range(1, loops + 1):
+            for bank in kept:
+                bank.moves = running
+            x = torch.where(running[..., None], self.again(x, given, passed, kept), x)
+            passes = passes + running
+            if passed == loops:
+                break
+            stop = torch.sigmoid(self.gate(x, passed))
+            ends = running & (spent + stop >= 1 - EPSILON - SLACK)
+            weight = torch.where(ends, 1 - spent, torch.where(running, stop, 0.0))
+            mixed = mixed + weight[..., None].to(dtype) * x
+            spent, running = spent + torch.where(ends, 0.0, weight), running & ~ends
+        left = torch.where(running, 1 - spent, 0.0)
+        return Pondered(self.last(mixed + left[..., None].to(dtype) * x, given), passes, 1 - spent)
 
     def enter(self, tokens: Tensor, dtype: torch.dtype, isolate: bool = False) -> Given:
         """What the layers read of tokens (B, T)."""
@@ -212,8 +295,11 @@ class RecurrentGPT(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """One block over x (B, T, D), or some positions of it, with its row of the control vectors."""
         shape = self.shape
+        attn_scale, mlp_scale = self.attn_scale[row], self.mlp_scale[row]
+        if shape.loop_scale and shape.passes(block) > 1:
+            attn_scale, mlp_scale = attn_scale / shape.loops, mlp_scale / shape.loops
         return self.blocks[block](
-            x, given.start, given.cos, given.sin, self.attn_scale[row], self.mlp_scale[row], self.resid_mix[row],
+            x, given.start, given.cos, given.sin, attn_scale, mlp_scale, self.resid_mix[row],
             self.qk_gain[row], given.seen, self.attn_gate[row] if shape.attn_gate else None,
             given.own if block >= shape.unique_layers - shape.value_blocks else None,
             lane, self.lane_mix[row] if lane is not None else None,
@@ -261,19 +347,20 @@ class RecurrentGPT(nn.Module):
         return capped(logits, self.shape.softcap)
 
     def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Final states (B, T, D), targets (B, T) -> mean nats a target."""
+        """Final states (..., D), targets (...) -> mean nats a target."""
+        return self.head_losses(x, targets)[0]
+
+    def head_losses(self, x: Tensor, targets: Tensor, shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Final states (..., D), targets (...) -> mean nats a target, times its share where those are given, and the
+        nats of each without gradients."""
         if self.tap:  # which wants to see the logits
-            return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
-        return capped_cross_entropy(x, self.embedding, targets, self.shape.softcap, self.loss_part)
+            return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten()), torch.zeros(())
+        return capped_cross_entropy(x, self.embedding, targets, self.shape.softcap, self.loss_part, shares)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, dtype: torch.dtype = torch.float32,
-        loops: int | None = None, isolate: bool = False, each: bool = False,
+        loops: int | None = None, isolate: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Mean nats a target when targets are given, with `each` over all passes; else logits (B, T, V) float32 of
-        each next token."""
-        if each:
-            states = self.each(tokens, dtype, loops, isolate)  # (R, B, T, D)
-            return self.head_loss(states.flatten(0, 1), targets.repeat(len(states), 1))
+        """Mean nats a target when targets are given, else logits (B, T, V) float32 of each next token."""
         x = self.hidden(tokens, dtype, loops, isolate)
         return self.head(x) if targets is None else self.head_loss(x, targets)

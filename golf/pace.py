@@ -56,7 +56,8 @@ def layers_and_ends(config: Config, loops: int | None = None) -> tuple[int, int]
     trained."""
     shape = config.shape
     passes = shape.loops if loops is None else loops
-    ends = passes if config.recipe.depth_loss == "each" else 1
+    every = config.recipe.depth_loss != "last" and shape.exit_gate != "act"
+    ends = passes if every else 1
     return len(shape.order(loops)) + (ends - 1) * shape.coda, ends
 
 

@@ -72,7 +72,7 @@ class Scorer:
         self.model.to(self.device).eval().requires_grad_(False)
         self.vocab = shape.vocab_size
         exit, threshold = self.scoring.exit, self.scoring.exit_threshold
-        self.rule = make_rule(exit, threshold, shape.loops) if exit != "none" else None
+        self.rule = make_rule(exit, threshold, shape) if exit != "none" else None
         self.runs = RunCache(self.vocab, self.scoring.ngram_order) if self.scoring.ngram_order else None
         if self.scoring.adapts:
             self.adapt, self.reset = self.learn, self.forget  # offered only where it is declared

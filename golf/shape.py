@@ -14,6 +14,7 @@ TENSOR_CLASSES = {
     "skip_weight": "control", "gate": "matrix", "attn_gate": "control", "smear": "control", "pass_signal": "control",
     "pass_mix": "control",
     "bigram": "embed", "bigram_out": "matrix", "value_table": "embed", "lane_mix": "control",
+    "exit_weight": "control", "exit_bias": "control",
 }  # fmt: skip
 
 
@@ -83,6 +84,11 @@ class Shape:
     """How many of the last unique blocks add a learned row for each piece to their values (one table for all)."""
     lanes: bool = False
     """In the second half of the effective layers keep two residual streams, one read by attention, one by the MLP."""
+    loop_scale: bool = False
+    """Divide what each pass of a shared block adds by the number of its passes."""
+    exit_gate: Literal["none", "hazard", "act"] = "none"
+    """A gate that reads each token's state after a pass: none, the chance to stop if it has not (hazard), or shares
+    that add up to one and weigh the passes' states (adaptive computation time)."""
 
     @property
     def head_size(self) -> int:
@@ -197,6 +203,8 @@ class Shape:
             table["value_table"] = (self.vocab_size, self.kv_width)
         if self.lanes:
             table["lane_mix"] = (rows, 2, 3)
+        if self.exit_gate != "none":
+            table["exit_weight"], table["exit_bias"] = (1, width), (1, self.loops - 1)
         return table
 
     @property

@@ -14,6 +14,7 @@ from golf.journal import processor
 from golf.machine import accumulate, compile_model, set_up, warm_up
 from golf.model import RecurrentGPT
 from golf.muon import Optimizers
+from golf.objective import Objective
 from golf.presets import PRESETS
 
 
@@ -23,7 +24,7 @@ class Stepper:
     def __init__(self, config: Config):
         self.config, self.machine = config, set_up(config)
         self.model = RecurrentGPT(config.shape).initialize(config.recipe, 1).to(self.machine.device)
-        self.optimizers = Optimizers(self.model, config.recipe)
+        self.optimizers, self.objective = Optimizers(self.model, config.recipe), Objective(config)
         self.rows = config.recipe.batch_tokens // config.recipe.sequence_length // self.machine.world
         self.generator = np.random.default_rng(0)
         began = self.machine.now()
@@ -42,10 +43,7 @@ class Stepper:
     def take(self, micro: list) -> None:
         """One step on a batch's micro-batches."""
         self.optimizers.zero_grad()
-        recipe = self.config.recipe
-        accumulate(
-            self.model, micro, self.machine, self.config.shape.loops, recipe.isolate, recipe.depth_loss == "each"
-        )  # fmt: skip
+        accumulate(self.model, micro, self.machine, self.config.shape.loops, self.objective)
         self.optimizers.reduce_gradients()
         self.optimizers.gradient_norm()
         self.optimizers.step(0.5)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from golf import exits
-from golf.config import Recipe, UsageError
+from golf.config import Config, Recipe, UsageError
 from golf.exits import run_exits
 from golf.model import RecurrentGPT
+from golf.objective import Objective
 from golf.shape import BOS, Shape
 
 SHAPE = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=2, coda=1, loops=4, skips=False)
@@ -107,14 +108,14 @@ def test_keys_and_values_of_a_token_that_stopped_stay_bit_for_bit(monkeypatch):
     """Defect 3: elsewhere states and keys go on changing after the stop, and only the output is frozen."""
     model, tokens = model_of(), tokens_of()
     seen: list[tuple] = []
-    plain = exits.one_pass
+    plain = RecurrentGPT.again
 
-    def watched(model, x, given, layers, passed, banks, place, moves):
-        out = plain(model, x, given, layers, passed, banks, place, moves)
-        seen.append([(k.clone(), v.clone()) for k, v in banks])
+    def watched(model, x, given, passed, kept=None):
+        out = plain(model, x, given, passed, kept)
+        seen.append([(bank.keys.clone(), bank.values.clone()) for bank in kept])
         return out
 
-    monkeypatch.setattr(exits, "one_pass", watched)
+    monkeypatch.setattr(RecurrentGPT, "again", watched)
     for gather in (False, True):
         seen.clear()
         depths = run_exits(model, tokens, exits.RandomDepth(0.4), torch.float64, gather).depths
@@ -150,16 +151,17 @@ def test_shapes_that_cannot_are_refused(options, said):
 ])  # fmt: skip
 def test_rules_that_are_none_are_refused(name, threshold, said):
     with pytest.raises(UsageError, match=said):
-        exits.make_rule(name, threshold, 4)
+        exits.make_rule(name, threshold, SHAPE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_pass_leads_to_what_that_many_loops_do(name):
     model, tokens = model_of(**OPTIONS[name]), tokens_of()
-    found = model.each(tokens, torch.float64)
+    states, found = model.each(tokens, torch.float64)
     assert found.shape == (SHAPE.loops, *tokens.shape, SHAPE.width)
     for loops, states in enumerate(found, 1):
         torch.testing.assert_close(states, model.hidden(tokens, torch.float64, loops))
     targets = tokens.roll(-1, 1)
     losses = [model.head_loss(states, targets) for states in found]
-    torch.testing.assert_close(model(tokens, targets, torch.float64, each=True), torch.stack(losses).mean())
+    objective = Objective(Config(shape=model.shape, recipe=Recipe(depth_loss="each")))
+    torch.testing.assert_close(objective.loss(model, tokens, targets, torch.float64, 4), torch.stack(losses).mean())

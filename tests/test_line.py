@@ -233,6 +233,7 @@ def test_warm_up_restores_everything(corpus):
     from golf.machine import Machine, accumulate, warm_up
     from golf.model import RecurrentGPT
     from golf.muon import Optimizers
+    from golf.objective import Objective
     from golf.presets import PRESETS
 
     shape = replace(PRESETS["smoke"].shape, vocab_size=64, width=16, heads=2, kv_heads=1)
@@ -247,7 +248,8 @@ def test_warm_up_restores_everything(corpus):
             assert warm_up(model, optimizers, config, machine, 4)
         for _ in range(3):
             optimizers.zero_grad()
-            accumulate(model, [(tokens[:32].reshape(4, 8), tokens[1:33].reshape(4, 8))], machine, 3)
+            accumulate(model, [(tokens[:32].reshape(4, 8), tokens[1:33].reshape(4, 8))], machine, 3,
+                       Objective(config))  # fmt: skip
             optimizers.step(0.1)
         after.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))

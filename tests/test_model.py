@@ -232,14 +232,34 @@ def test_capped_cross_entropy_is_that_of_the_capped_logits(cap, compiled, monkey
     bent = cap * torch.tanh(F.linear(x.double(), weight.double()) / cap)
     wanted = F.cross_entropy(bent.flatten(0, 1), targets.flatten())
     part = torch.compile(loss.part_loss, dynamic=False) if compiled else loss.part_loss
-    found = loss.capped_cross_entropy(x, weight, targets, cap, part)
+    found, losses = loss.capped_cross_entropy(x, weight, targets, cap, part)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(
         torch.autograd.grad(3 * found, (x, weight)), torch.autograd.grad(3 * wanted, (x, weight)), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        torch.testing.assert_close(loss.capped_cross_entropy(x, weight, targets, cap).double(), wanted)
+        torch.testing.assert_close(loss.capped_cross_entropy(x, weight, targets, cap)[0].double(), wanted)
+    torch.testing.assert_close(losses.mean(), found)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_shares_weigh_losses_and_learn_from_them(compiled):
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 50, 32, requires_grad=True), (2 * torch.randn(77, 32)).requires_grad_()
+    shares, targets = torch.rand(3, 50, requires_grad=True), torch.randint(0, 77, (3, 50))
+    bent = 30 * torch.tanh(F.linear(x, weight) / 30)
+    each = F.cross_entropy(bent.flatten(0, 1), targets.flatten(), reduction="none").view(3, 50)
+    part = torch.compile(loss.part_loss, dynamic=False) if compiled else loss.part_loss
+    found, losses = loss.capped_cross_entropy(x, weight, targets, 30.0, part, shares)
+    torch.testing.assert_close(losses, each.detach(), rtol=1e-5, atol=1e-6)
+    inputs = (x, weight, shares)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs), torch.autograd.grad((each * shares).mean(), inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(loss.capped_cross_entropy(x, weight, targets, 30.0, shares=shares)[0], found)
 
 
 @pytest.mark.parametrize("length", [24, 96, 100])

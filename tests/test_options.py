@@ -19,6 +19,7 @@ from golf.config import Config, Recipe, UsageError
 from golf.data import TokenStream, batches, coprime_stride
 from golf.machine import Machine, accumulate, graphs
 from golf.model import RecurrentGPT
+from golf.objective import Objective
 from golf.shape import BOS, Shape
 
 SHAPE = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=3)
@@ -179,10 +180,10 @@ def test_schedules_name_every_graph_they_need():
 def test_a_part_that_waits_for_the_repeats_has_a_gradient_of_zero():
     machine = Machine(torch.device("cpu"), torch.float32, "none")
     model = RecurrentGPT(replace(SHAPE, pass_mix=True)).initialize(Recipe(), 1)
-    tokens = tokens_of().numpy()
-    accumulate(model, [(tokens, tokens)], machine, loops=1)
+    tokens, objective = tokens_of().numpy(), Objective(Config(shape=model.shape))
+    accumulate(model, [(tokens, tokens)], machine, 1, objective)
     assert (model.pass_mix.grad == 0).all()
-    accumulate(model, [(tokens, tokens)], machine, loops=3)
+    accumulate(model, [(tokens, tokens)], machine, 3, objective)
     assert all(p.grad is not None for p in model.parameters())
 
 
