@@ -29,6 +29,7 @@ class Look:
     """What a rule may read after a pass, of the positions that run: all of it is of the position or before it."""
 
     passed: int
+    place: Tensor  # (B, N) int64, the positions
     state: Tensor  # (B, N, D) after the pass
     before: Tensor  # (B, N, D) as the pass read it
     read: Callable[[Tensor], Tensor]
@@ -45,6 +46,16 @@ class FixedDepth:
 
     def stops(self, look: Look) -> Tensor:
         return torch.full(look.state.shape[:2], look.passed >= self.depth, device=look.state.device)
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """Each position stops after the pass that `depths` (B, T) int64 names: another model's, or a control's."""
+
+    depths: Tensor
+
+    def stops(self, look: Look) -> Tensor:
+        return self.depths.gather(1, look.place) <= look.passed
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ class Gate:
         return look.spent >= self.threshold - SLACK
 
 
-Rule = FixedDepth | RandomDepth | Entropy | Margin | Divergence | Difference | Gate
+Rule = FixedDepth | Assigned | RandomDepth | Entropy | Margin | Divergence | Difference | Gate
 RULES = {
     "fixed": FixedDepth, "random": RandomDepth, "entropy": Entropy, "margin": Margin, "divergence": Divergence,
     "difference": Difference, "gate": Gate,
@@ -192,7 +203,7 @@ def run_exits(
         depths += running
         if passed == shape.loops:
             break
-        look = Look(passed, part, before, read, keys.gather(1, place), spent.gather(1, place))
+        look = Look(passed, place, part, before, read, keys.gather(1, place), spent.gather(1, place))
         if shape.exit_gate != "none":
             stop, left = torch.sigmoid(model.gate(part, passed)), 1 - look.spent
             look.spent = look.spent + stop * (left if shape.exit_gate == "hazard" else 1)

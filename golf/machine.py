@@ -21,8 +21,8 @@ from torch import Tensor
 from golf.config import Config, UsageError
 from golf.loss import part_loss
 from golf.model import RecurrentGPT
-from golf.objective import Objective
 from golf.muon import Optimizers
+from golf.objective import Objective
 
 
 @dataclass(frozen=True)

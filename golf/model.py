@@ -233,8 +233,8 @@ class RecurrentGPT(nn.Module):
     def each(
         self, tokens: Tensor, dtype: torch.dtype = torch.float32, loops: int | None = None, isolate: bool = False
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """tokens (B, T) -> (R, B, T, D): the states after each pass, and the normalised final states that stopping there
-        leads to; the last are those of hidden()."""
+        """tokens (B, T) -> (R, B, T, D): the states after each pass, and the normalised final states that stopping
+        there leads to; the last are those of hidden()."""
         given, x = self.first(tokens, dtype, isolate)
         found = []
         for passed in range(1, (loops or self.shape.loops) + 1):

@@ -1,4 +1,4 @@
-"""Gates that learn when to stop: their gradients, their start, ACT that freezes, and the same depths however computed."""
+"""Gates that learn when to stop: gradients, their start, ACT that freezes, and the same depths however computed."""
 
 from __future__ import annotations
 

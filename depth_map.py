@@ -1,0 +1,380 @@
+"""Adaptive depth: how many loops tokens take, by topic with intervals and controls, and drawn on the text.
+
+    python depth_map.py split DOCS.jsonl OUT [--formulaic]      training and held-out documents, equal bytes a topic
+    python depth_map.py gate RUN OUT --data DIR [--seed N]      train a gate for a packed looped model
+    python depth_map.py topics RUN... --docs FILE.jsonl [--exit RULE] [--controls] [--json]
+    python depth_map.py map RUN --text FILE|- [--output PAGE.html] [--png FILE] [--json]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from tyro.conf import Positional
+
+from golf import folders, records
+from golf.config import Scoring, UsageError
+from golf.console import parse, run_script
+from golf.data import Corpus
+from golf.files import write_bytes
+from golf.texts import Text, read_texts
+
+HELD_OUT = 0.2
+SHOWN_BYTES = 20_000  # of a text that is drawn
+
+dumps = json.dumps  # the commands have an option called json
+
+
+def show(result: dict, as_json: bool) -> None:
+    """Print a result for a machine or for a person."""
+    lines = (f"{k}: {v:,}" if type(v) is int else f"{k}: {v}" for k, v in result.items())
+    print(dumps(result) if as_json else "\n".join(lines))
+
+
+# == preparing =====================================================================================================
+
+
+def split(docs: Positional[str], output: Positional[str], formulaic: bool = False, json: bool = False) -> int:
+    """Cut documents into a training part, of equal bytes for each topic, and a held-out fifth, both as JSON lines.
+
+    Args:
+        docs: Documents as JSON lines {topic, text, source}.
+        output: Folder to write train.jsonl and held.jsonl to.
+        formulaic: Add a topic of formulaic text: licences of the installed packages, tables, lists.
+        json: Print one JSON object.
+    """
+    texts = read_texts(Path(docs))
+    if formulaic:
+        from golf import formulaic as made
+
+        texts += made.formulaic()
+    if not texts:
+        raise UsageError(f"{docs} holds no documents.")
+    number = lambda t: int(hashlib.sha256(t.text.encode()).hexdigest()[:8], 16) / 16**8  # noqa: E731
+    held = [t for t in texts if number(t) < HELD_OUT]
+    rest = sorted((t for t in texts if number(t) >= HELD_OUT), key=number)
+    size = lambda t: len(t.text.encode())  # noqa: E731
+    totals = {topic: sum(size(t) for t in rest if t.topic == topic) for topic in {t.topic for t in rest}}
+    left, train = dict.fromkeys(totals, min(totals.values())), []
+    for text in rest:
+        if left[text.topic] > 0:
+            cut = text.text.encode()[: left[text.topic]].decode(errors="ignore")
+            left[text.topic] -= size(text)
+            train.append(replace(text, text=cut))
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", train), ("held", held)):
+        write_bytes(folder / f"{name}.jsonl", "".join(dumps(asdict(t)) + "\n" for t in rows).encode())
+    show({"topics": len(totals), "bytes_a_topic": min(totals.values()), "train": len(train), "held": len(held)}, json)
+    return 0
+
+
+def gate(
+    run: Positional[str], output: Positional[str], data: str = "", seed: int = 1, steps: int = 200, rate: float = 0.03,
+    least_gain: float = 0.005, label: Literal["next", "last"] = "next", quantile: float = 0.5, json: bool = False,
+) -> int:  # fmt: skip
+    """Train a gate for the packed model of a run, all else frozen; write a run folder with it in the artifact.
+
+    Args:
+        run: A run folder of a looped model; best trained with --recipe.depth-loss each.
+        output: Folder to write.
+        data: Prepared text; data/CORPUS of the record when empty.
+        seed: Seed of the order in which text is read.
+        steps: Updates; in their second half losses are those of tokens that stop as the gate says.
+        rate: Adam's learning rate at the start.
+        least_gain: Nats that a pass must gain to be worth it.
+        label: A gate after a pass learns what the next pass gains, or what that pass gained.
+        quantile: Where the gate's exits must have summed to this a token stops.
+        json: Print one JSON object.
+    """
+    if not 2 <= steps <= 100_000:
+        raise UsageError(f"--steps {steps}: give 2 to 100,000.")
+    if not 0 < rate <= 1:
+        raise UsageError(f"--rate {rate:g}: give more than 0, at most 1.")
+    if not 0 <= quantile <= 1:
+        raise UsageError(f"--quantile {quantile:g}: give 0 to 1.")
+    source, target = Path(run), Path(output)
+    record = records.read(source)
+    if target.exists():
+        raise UsageError(f"{target} exists already, name another folder.")
+    corpus = Corpus(data or f"data/{record.corpus}", "--data")
+    try:
+        packed = (source / "model.bin").read_bytes()
+    except OSError as error:
+        raise UsageError(f"{source}/model.bin cannot be read ({error.strerror}).") from error
+    from golf import gate as gates
+
+    shape, model = gates.gated(packed)
+    corpus.check(shape.vocab_size, record.context)
+    stream = np.concatenate(corpus.shards("train"))
+    told = gates.train_gate(
+        model, stream, record.context, gates.GateOptions(seed, steps, 16, rate, least_gain, label, quantile)
+    )  # fmt: skip
+    scoring = Scoring(exit="gate", exit_threshold=quantile)
+    again = gates.with_gate(packed, model, scoring)
+    shutil.copytree(source, target)
+    write_bytes(target / "model.bin", again)
+    measured = folders.sizes(target)
+    config = record.config | {"scoring": asdict(scoring)}
+    config["shape"] = config.get("shape", {}) | {"exit_gate": "hazard"}
+    records.write(target, replace(
+        record, val_bpb=None, val_loss=None, eval_seconds=None, bytes_model=measured.weights, stride=0, chunk=0,
+        bytes_total=measured.total, headroom=record.cap - measured.total, content_shapes=True, adapts=False,
+        config=config, extra=record.extra | {"gate": told},
+    ))  # fmt: skip
+    show({"written": output, "bytes_more": len(again) - len(packed), **told}, json)
+    return 0
+
+
+# == by topic ======================================================================================================
+
+
+@dataclass(frozen=True)
+class TopicsArguments:
+    """Mean loops by topic, with intervals over documents and runs, and what else could explain them."""
+
+    folders: Positional[tuple[str, ...]]
+    """Run folders of looped models of one tokenizer; several are crossed with the documents."""
+    docs: str
+    """Documents as JSON lines {topic, text, source}, held out of training."""
+    exit: Literal["entropy", "margin", "divergence", "difference", "gate", "random"] = "entropy"
+    """Rule by which tokens stop; gate asks a model that has one."""
+    threshold: float | None = None
+    """The rule's; chosen for --mean-depth when absent."""
+    mean_depth: float = 0.0
+    """Mean passes that the threshold is chosen for; 0 is the middle between one and all."""
+    per_topic: int = 0
+    """Documents of each topic; 0 is all."""
+    controls: bool = False
+    """Run the eleven controls too, on the first run; takes some fifteen measurements."""
+    draws: int = 1000
+    """Bootstrap draws."""
+    json: bool = False
+    """Print one JSON object."""
+    output: str = ""
+    """File to write that object to."""
+
+
+def topics(a: TopicsArguments) -> dict:
+    """The whole study as one object. Raises UsageError."""
+    from golf import controls, depth
+    from golf import topics as study
+
+    texts = chosen_texts(Path(a.docs), a.per_topic)
+    if not a.folders:
+        raise UsageError("topics: name a run folder.")
+    if not 10 <= a.draws <= 100_000:
+        raise UsageError(f"--draws {a.draws}: give 10 to 100,000.")
+    models = [depth.load(Path(folder)) for folder in a.folders]
+    if len({m.table.vocab_size for m in models}) > 1:
+        raise UsageError("The runs have different tokenizers, give runs of one.")
+    runs, rules, found = [], [], []
+    for model in models:
+        wanted = a.mean_depth or (1 + model.loops) / 2
+        threshold = a.threshold
+        model.rule(a.exit, 0.0 if threshold is None else threshold)  # refused before any time is spent
+        if threshold is None:
+            threshold = depth.threshold_for(model, texts[:: max(1, len(texts) // 60)], a.exit, wanted)
+        rules.append(model.rule(a.exit, threshold))
+        runs.append(depth.measure(model, texts, rules[-1]))
+        found.append({"run": model.name, "threshold": threshold, "mean_depth": float(runs[-1].depth.mean()),
+                      "bpb": runs[-1].bits_a_byte})  # fmt: skip
+    study.check_topics(runs[0])
+    resampling = study.Resampling(runs[0], len(runs), a.draws)
+    rows = study.by_topic(runs, resampling)
+    equal = study.adjusted(runs, resampling)
+    explained = [study.shares(r) for r in runs]
+    mean_share = {name: float(np.mean([e[name] for e in explained])) for name in explained[0]}
+    agree = study.agreement(runs) if len(runs) > 1 else None
+    checked = controls.all_of_them(models[0], texts, runs[0], a.exit, rules[0]) if a.controls else None
+    share = checked["1-4 gates"]["lookup_share"] if checked else None
+    word, said = study.verdict(share, mean_share["topic_adds"], agree["tokens"] if agree else None)
+    return {
+        "rule": a.exit, "loops": models[0].loops, "runs": found, "topics": plain(rows),
+        "adjusted": {n: e.row() for n, e in zip(runs[0].topics, equal, strict=True)},
+        "contrasts": study.contrasts(runs[0].topics, [r["loops"] for r in rows]),
+        "contrasts_adjusted": study.contrasts(runs[0].topics, equal),
+        "sources": plain(study.by_source(runs, resampling)), "classes": plain(study.by_class(runs, resampling)),
+        "variance_explained": mean_share, "agreement": agree, "controls": checked, "verdict": word, "because": said,
+    }  # fmt: skip
+
+
+def chosen_texts(path: Path, per_topic: int) -> list[Text]:
+    """The documents of a file, at most so many of each topic, spread over its sources as they come."""
+    texts = read_texts(path)
+    if not texts:
+        raise UsageError(f"--docs {path}: it holds no documents.")
+    if per_topic < 0:
+        raise UsageError(f"--per-topic {per_topic}: give 0 or more.")
+    if not per_topic:
+        return texts
+    kept = []
+    for topic in dict.fromkeys(t.topic for t in texts):
+        mine = [t for t in texts if t.topic == topic]
+        kept += [mine[n * len(mine) // per_topic] for n in range(per_topic)] if len(mine) > per_topic else mine
+    return kept
+
+
+def plain(rows: list[dict]) -> list[dict]:
+    """Rows whose intervals are written out."""
+    return [{k: v.row() if hasattr(v, "row") else v for k, v in row.items()} for row in rows]
+
+
+def show_topics(found: dict) -> None:
+    """The study for people."""
+    for run in found["runs"]:
+        print(f"{run['run']}: {found['rule']} at {run['threshold']:.5g}, {run['mean_depth']:.3f} of {found['loops']} "
+              f"loops a token, {run['bpb']:.4f} bpb")  # fmt: skip
+    cell = lambda v: f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"  # noqa: E731
+    print("\n| topic | documents | tokens | loops a token | loops a byte | at equal difficulty and kind | bpb "
+          "| nats that passes gain |\n" + "|---" * 8 + "|")  # fmt: skip
+    for row in sorted(found["topics"], key=lambda r: -r["loops"]["mean"]):
+        print(f"| {row['topic']} | {row['documents']} | {row['tokens']:,} | {cell(row['loops'])} | "
+              f"{cell(row['loops_a_byte'])} | {cell(found['adjusted'][row['topic']])} | {row['bpb']:.3f} | "
+              f"{cell(row['gain'])} |")  # fmt: skip
+    for title, name in (("Contrasts, raw", "contrasts"), ("Contrasts, adjusted", "contrasts_adjusted")):
+        print(f"\n{title}:")
+        for row in found[name]:
+            print(f"  {row['topics']:<28} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] "
+                  f"p {row['p_holm']:.2g} (Holm)")  # fmt: skip
+    print("\n| source | topic | documents | loops a token |\n|---|---|---|---|")
+    for row in found["sources"]:
+        print(f"| {row['source'] or '-'} | {row['topic']} | {row['documents']} | {cell(row['loops'])} |")
+    print("\n| kind of token | tokens | loops at it | loops to predict it |\n|---|---|---|---|")
+    for row in found["classes"]:
+        pair = [cell(row[c]) if c in row else "-" for c in ("at", "predicting")]
+        print(f"| {row['class']} | {row['tokens']:,} | {pair[0]} | {pair[1]} |")
+    shares = found["variance_explained"]
+    print("\nShare of depth's variance explained on held-out documents: "
+          + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shares.items()))  # fmt: skip
+    if found["controls"]:
+        print("\nControls:")
+        for name, value in found["controls"].items():
+            print(f"  {name}: {dumps(value)}")
+    print(f"\nverdict: {found['verdict']}")
+    for line in found["because"]:
+        print(f"  {line}")
+
+
+# == the map =======================================================================================================
+
+
+@dataclass(frozen=True)
+class MapArguments:
+    """Draw each token of a text in the colour of its loops, on a page that opens from disk."""
+
+    folder: Positional[str]
+    """A run folder of a looped model."""
+    text: str
+    """A text, a file of JSON lines {topic, text}, or - for standard input; the first 20,000 bytes are drawn."""
+    docs: str = ""
+    """Documents as JSON lines {topic, text} for the chart by topic."""
+    exit: Literal["entropy", "margin", "divergence", "difference", "gate", "random", "fixed"] = "entropy"
+    """Rule by which tokens stop."""
+    threshold: float | None = None
+    """The rule's; chosen for --mean-depth on the text itself when absent."""
+    mean_depth: float = 0.0
+    """Mean passes that the threshold is chosen for; 0 is the middle between one and all."""
+    output: str = "depth.html"
+    """Page to write."""
+    png: str = ""
+    """Picture to write, for papers."""
+    before: bool = False
+    """In the picture show the loops spent to predict a token, not those at it."""
+    json: bool = False
+    """Print one JSON object with every token."""
+
+
+def texts_to_draw(path: str) -> list[Text]:
+    """What --text names, as documents. Raises UsageError."""
+    if path != "-" and Path(path).suffix in (".jsonl", ".zst", ".gz"):
+        found = read_texts(Path(path))
+    else:
+        try:
+            raw = sys.stdin.buffer.read(SHOWN_BYTES + 4) if path == "-" else Path(path).read_bytes()
+            text = raw.decode(errors="ignore" if len(raw) > SHOWN_BYTES else "strict")
+        except OSError as error:
+            raise UsageError(f"--text {path}: it cannot be read ({error.strerror}).") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--text {path}: it is not UTF-8 text ({error.reason}).") from error
+        found = [Text(text, "the text" if path == "-" else Path(path).name)] if text else []
+    if not found:
+        raise UsageError(f"--text {path}: it is empty.")
+    kept, left = [], SHOWN_BYTES
+    for one in found:
+        if left > 0:
+            cut = one.text.encode()[:left].decode(errors="ignore")
+            kept, left = [*kept, replace(one, text=cut)], left - len(one.text.encode())
+    return kept
+
+
+def draw(a: MapArguments) -> dict:
+    """Write the page, and the picture if asked; returns what is on it. Raises UsageError."""
+    from golf import depth, map_page
+    from golf import topics as study
+
+    texts = texts_to_draw(a.text)
+    looped = depth.load(Path(a.folder))
+    looped.rule(a.exit, (1.0 if a.exit == "fixed" else 0.0) if a.threshold is None else a.threshold)
+    if a.threshold is None:
+        threshold = depth.threshold_for(looped, texts, a.exit, a.mean_depth or (1 + looped.loops) / 2)
+    else:
+        threshold = a.threshold
+    rule = looped.rule(a.exit, threshold)
+    documents, depths = [], []
+    for text in texts:
+        spots = depth.spots(looped, text.text, rule)
+        depths += [s.loops for s in spots]
+        documents.append(map_page.Shown(text.topic, spots))
+    charts = [("Tokens by loops", map_page.histogram(np.array(depths), looped.loops))]
+    if a.docs:
+        tokens = depth.measure(looped, chosen_texts(Path(a.docs), 200), rule)
+        study.check_topics(tokens)
+        rows = study.by_topic([tokens], study.Resampling(tokens, 1))
+        bars = [map_page.Bar(r["topic"], *(r["loops"].row()[k] for k in ("mean", "low", "high"))) for r in rows]
+        bars.sort(key=lambda bar: -bar.mean)
+        charts.append(("Loops a token by topic", map_page.bar_chart(bars, looped.loops, "loops, 95 % intervals")))
+    about = (f"{looped.name}: {a.exit} at {threshold:.4g}, {np.mean(depths):.2f} of {looped.loops} loops a token. "
+             "A token is drawn whole; one that holds part of a character shows a replacement sign.")  # fmt: skip
+    written = map_page.page("What it thinks longer about", about, looped.loops, documents, charts)
+    write_bytes(Path(a.output), written.encode())
+    if a.png:
+        map_page.write_png(Path(a.png), documents, looped.loops, a.before)
+    return {
+        "run": looped.name, "rule": a.exit, "threshold": threshold, "mean_depth": float(np.mean(depths)),
+        "written": a.output,
+        "documents": [{"title": d.title, "tokens": [asdict(s) for s in d.spots]} for d in documents],
+    }
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    if words[:1] == ["topics"]:
+        asked = parse(tyro.cli, TopicsArguments, prog="depth_map.py topics", args=words[1:])
+        found = topics(asked)
+        if asked.output:
+            write_bytes(Path(asked.output), dumps(found, indent=1).encode() + b"\n")
+        print(dumps(found)) if asked.json else show_topics(found)
+        return 0
+    if words[:1] == ["map"]:
+        asked = parse(tyro.cli, MapArguments, prog="depth_map.py map", args=words[1:])
+        found = draw(asked)
+        if asked.json:
+            print(dumps(found))
+        else:
+            print(f"written: {found['written']}, {found['mean_depth']:.2f} loops a token")
+        return 0
+    commands = {"split": split, "gate": gate, "topics": TopicsArguments, "map": MapArguments}
+    return parse(tyro.extras.subcommand_cli_from_dict, commands, prog="depth_map.py")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,228 @@
+"""Eleven controls of a study of depth by topic: what else could have drawn the same picture."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from golf.config import UsageError
+from golf.depth import Looped, measure, rows_of, stopped, threshold_for
+from golf.exits import Assigned, Rule
+from golf.texts import Text, Tokens
+from golf.topics import id_means
+
+SWEEP = (0.3, 0.5, 0.7, 0.9)
+
+
+def assigned(looped: Looped, texts: list[Text], tokens: Tokens, depth: np.ndarray) -> Tokens:
+    """The same tokens, their depths given one by one: what the model loses then, keys and values frozen."""
+    losses, at = [], 0
+    for rows in rows_of(looped, texts):
+        inside = rows.inside()
+        count = int(inside.sum())
+        given = np.full(inside.shape, looped.loops, dtype=np.int64)
+        given[inside] = depth[at : at + count]
+        losses.append(stopped(looped, rows, Assigned(torch.from_numpy(given)))[1][inside])
+        at += count
+    return tokens.with_depths(depth.astype(np.int8), np.concatenate(losses))
+
+
+def as_histogram(score: np.ndarray, depth: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Depths of the same histogram as `depth`, the deepest where `score` is highest; ties fall by chance."""
+    order = np.lexsort((generator.random(score.size), score))
+    found = np.empty_like(depth)
+    found[order] = np.sort(depth)
+    return found
+
+
+def shuffled_within(depth: np.ndarray, group: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Depths permuted among the tokens of each group."""
+    by_group = np.lexsort((generator.random(depth.size), group))
+    found = np.empty_like(depth)
+    found[np.argsort(group, kind="stable")] = depth[by_group]
+    return found
+
+
+def lookup_scores(tokens: Tokens, train: np.ndarray) -> np.ndarray:
+    """Mean depth of the pair of tokens that ends at a position where it was seen 5 times, else of the token."""
+    before = np.where(tokens.position > 0, np.roll(tokens.here, 1), 0)
+    pair = before.astype(np.int64) * (int(tokens.here.max()) + 1) + tokens.here
+    _, number = np.unique(pair, return_inverse=True)
+    count = np.bincount(number[train], minlength=number.max() + 1)
+    total = np.bincount(number[train], tokens.depth[train], number.max() + 1)
+    single = id_means(tokens, train)
+    return np.where(count[number] >= 5, total[number] / np.maximum(count[number], 1), single)
+
+
+def gates(looped: Looped, texts: list[Text], tokens: Tokens, seed: int = 1) -> dict:
+    """Controls 1 to 4 on the half of the documents that the lookup was not made from: bits a byte under the rule, and
+    under depths of the same histogram given by chance, by chance within each token's identity, by a gate that was never
+    trained, and by a table of tokens; and the share of the rule's gain over chance that the table reaches."""
+    generator = np.random.default_rng(seed)
+    train = tokens.document % 2 == 0
+    kept = np.flatnonzero(np.arange(len(texts)) % 2 == 1)
+    half = [texts[n] for n in kept]
+    mine = tokens.where(~train)
+    score = lookup_scores(tokens, train)[~train]
+    by_hand = {
+        "random": generator.permutation(mine.depth),
+        "random within a token": shuffled_within(mine.depth, mine.here, generator),
+        "untrained gate": as_histogram(untrained(looped, half, seed), mine.depth, generator),
+        "token lookup": as_histogram(score, mine.depth, generator),
+    }
+    found = {"rule": mine.bits_a_byte}
+    found |= {name: assigned(looped, half, mine, depth).bits_a_byte for name, depth in by_hand.items()}
+    gain = found["random"] - found["rule"]
+    share = (found["random"] - found["token lookup"]) / gain if gain > 0 else 1.0
+    return {"bits_a_byte": found, "gain_over_random": gain, "lookup_share": share}
+
+
+def untrained(looped: Looped, texts: list[Text], seed: int) -> np.ndarray:
+    """What a linear gate of random weights reads in the state after the first pass, at each token."""
+    weight = torch.randn(looped.model.shape.width, generator=torch.Generator().manual_seed(seed))
+    parts = []
+    for rows in rows_of(looped, texts):
+        with torch.no_grad():
+            state = looped.model.each(torch.from_numpy(rows.inputs), loops=1)[0][0]
+            read = torch.nn.functional.rms_norm(state, (state.size(-1),)) @ weight
+        parts.append(read.numpy()[rows.inside()])
+    return np.concatenate(parts)
+
+
+def shuffled(texts: list[Text], unit: str, seed: int = 1) -> list[Text]:
+    """Documents with their words, or sentences, in another order."""
+    generator, found = np.random.default_rng(seed), []
+    for text in texts:
+        cut = text.text[:2000]
+        parts = cut.split(" ") if unit == "words" else cut.replace("\n", " \n").split(". ")
+        generator.shuffle(parts)
+        found.append(replace(text, text=(" " if unit == "words" else ". ").join(parts)))
+    return found
+
+
+def topic_means(tokens: Tokens) -> dict[str, float]:
+    return {
+        topic: round(float(tokens.depth[tokens.topic == n].mean()), 4)
+        for n, topic in enumerate(tokens.topics) if (tokens.topic == n).any()
+    }  # fmt: skip
+
+
+def split_half(tokens: Tokens) -> float:
+    """How far the two halves of a document agree on its mean depth (Spearman-Brown of the halves' correlation)."""
+    middle = np.bincount(tokens.document) // 2
+    late = tokens.position >= middle[tokens.document]
+    halves = []
+    for keep in (~late, late):
+        count = np.maximum(np.bincount(tokens.document[keep], minlength=middle.size), 1)
+        halves.append(np.bincount(tokens.document[keep], tokens.depth[keep], middle.size) / count)
+    used = middle >= 8
+    if used.sum() < 3 or np.ptp(halves[0][used]) == 0 or np.ptp(halves[1][used]) == 0:
+        return 0.0
+    r = float(np.corrcoef(halves[0][used], halves[1][used])[0, 1])
+    return 2 * r / (1 + r) if r > -1 else -1.0
+
+
+def sweep(looped: Looped, texts: list[Text], rule: str) -> list[dict]:
+    """Topic means at shallow to deep thresholds: whether the order of topics is one threshold's accident."""
+    rows = []
+    for q in SWEEP:
+        threshold = q if rule == "gate" else threshold_for(looped, texts, rule, 1 + q * (looped.loops - 1))
+        found = measure(looped, texts, looped.rule(rule, threshold))
+        means = topic_means(found)
+        rows.append({
+            "q": q, "threshold": round(threshold, 5), "mean_depth": round(float(found.depth.mean()), 3), **means,
+            "order": sorted(means, key=means.get, reverse=True),
+        })  # fmt: skip
+    return rows
+
+
+def matched(tokens: Tokens, bins: int = 20) -> dict[str, float]:
+    """Each topic's mean depth where all topics have the same distribution of loss after the first pass."""
+    edges = np.quantile(tokens.losses[:, 0], np.linspace(0, 1, bins + 1)[1:-1])
+    place = np.searchsorted(edges, tokens.losses[:, 0])
+    weight = np.bincount(place, minlength=bins) / place.size
+    found = {}
+    for number, topic in enumerate(tokens.topics):
+        mine = tokens.topic == number
+        count = np.bincount(place[mine], minlength=bins)
+        mean = np.bincount(place[mine], tokens.depth[mine], bins) / np.maximum(count, 1)
+        used = count > 0
+        found[topic] = round(float((mean * weight)[used].sum() / weight[used].sum()), 4)
+    return found
+
+
+def retokenised(looped: Looped, texts: list[Text], rule: Rule, drop: float = 0.1) -> dict[str, float]:
+    """Each topic's loops a byte when a tenth of the tokenizer's merges is left out by chance (BPE dropout)."""
+    processor = looped.table.processor
+    encode = lambda text: processor.encode(text, enable_sampling=True, alpha=drop, nbest_size=-1)  # noqa: E731
+    tokens = measure(looped, texts, rule, encode)
+    return {
+        topic: round(float(tokens.depth[tokens.topic == n].sum() / tokens.bytes[tokens.topic == n].sum()), 4)
+        for n, topic in enumerate(tokens.topics)
+    }  # fmt: skip
+
+
+def known_difficulty(seed: int = 1, documents: int = 40) -> list[Text]:
+    """Documents whose difficulty is known: copying, additions modulo 7, and one to three hops along stated links."""
+    generator, found = np.random.default_rng(seed), []
+    names = ["Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Joe", "Kim", "Leo"]
+    for _ in range(documents):
+        words = [names[n] for n in generator.integers(len(names), size=8)]
+        found.append(Text(f"{' '.join(words)}. Again: {' '.join(words)}.\n" * 4, "copy"))
+        sums = [(int(a), int(b)) for a, b in generator.integers(0, 7, (24, 2))]
+        found.append(Text("".join(f"{a} + {b} = {(a + b) % 7} modulo 7. " for a, b in sums), "modular arithmetic"))
+        order = generator.permutation(names)
+        facts = [f"{a} follows {b}." for a, b in itertools.pairwise(order)]
+        generator.shuffle(facts)
+        for hops in (1, 2, 3):
+            asked = [f"{hops} before {order[n]} is {order[n + hops]}." for n in generator.permutation(8)]
+            found.append(Text(" ".join(facts) + " " + " ".join(asked), f"{hops}-hop"))
+    return found
+
+
+def clamped(looped: Looped, texts: list[Text], tokens: Tokens) -> dict[str, dict]:
+    """Nats a token of each topic when only its own tokens stop after one pass: the causal statement."""
+    found = {}
+    for number, topic in enumerate(tokens.topics):
+        mine = tokens.topic == number
+        own = [t for t in texts if t.topic == topic]
+        kept = tokens.where(mine)
+        one = assigned(looped, own, kept, np.ones(kept.depth.size, dtype=np.int64))
+        found[topic] = {
+            "usual": round(float(kept.loss.mean()), 4), "one_pass": round(float(one.loss.mean()), 4),
+            "costs": round(float(one.loss.mean() - kept.loss.mean()), 4),
+        }  # fmt: skip
+    return found
+
+
+def tracks_benefit(tokens: Tokens) -> float:
+    """Rank correlation of depth with what passes beyond the first gain at the token: a useful rule's is positive."""
+    from scipy.stats import spearmanr
+
+    gain = tokens.losses[:, 0] - tokens.losses[:, -1]
+    return 0.0 if np.ptp(tokens.depth) == 0 else float(spearmanr(tokens.depth, gain).statistic)
+
+
+def all_of_them(looped: Looped, texts: list[Text], tokens: Tokens, name: str, rule: Rule) -> dict:
+    """The controls of one run; agreement between runs (the sixth) is the caller's, who has them all."""
+    if len(texts) < 8:
+        raise UsageError("--controls: give eight documents or more.")
+    hard = measure(looped, known_difficulty(), rule)
+    return {
+        "1-4 gates": gates(looped, texts, tokens),
+        "5 shuffled": {
+            unit: topic_means(measure(looped, shuffled(texts, unit), rule)) for unit in ("words", "sentences")
+        },
+        "6 split half": round(split_half(tokens), 4),
+        "7 thresholds": sweep(looped, texts, name),
+        "8 equal loss": matched(tokens),
+        "9 loops a byte, retokenised": retokenised(looped, texts, rule),
+        "10 known difficulty": {"depth": topic_means(hard), "gain": {
+            t: round(float((hard.losses[:, 0] - hard.losses[:, -1])[hard.topic == n].mean()), 4)
+            for n, t in enumerate(hard.topics)}},
+        "11 clamped to one pass": clamped(looped, texts, tokens),
+        "depth and gain": round(tracks_benefit(tokens), 4),
+    }  # fmt: skip

@@ -1,0 +1,64 @@
+"""Formulaic text, the topic that should need least: licences of installed packages, tables, and lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import metadata
+
+import numpy as np
+
+from golf.texts import Text
+
+DOCUMENTS = 1200  # of each kind that is made
+WORDS = (
+    "amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "jade", "kelp", "lemon", "maple",
+    "nutmeg", "olive", "pearl",
+)  # fmt: skip
+
+
+def formulaic(seed: int = 1) -> list[Text]:
+    """Documents of topic `formulaic`, the same for one seed and one set of installed packages."""
+    generator = np.random.default_rng(seed)
+    made = [*licences(), *tables(generator), *lists(generator)]
+    return [Text(text, "formulaic", source) for source, text in made]
+
+
+def licences() -> Iterator[tuple[str, str]]:
+    """Licence files of the installed packages, each once, in parts of about 2,000 characters."""
+    seen = set()
+    for package in sorted(metadata.distributions(), key=lambda d: str(d.metadata["Name"]).lower()):
+        for file in package.files or []:
+            if file.name.upper().startswith(("LICENSE", "LICENCE", "COPYING")):
+                try:
+                    text = file.locate().read_text("utf-8").strip()
+                except (OSError, UnicodeDecodeError):
+                    continue
+                for start in range(0, len(text), 2000):
+                    part = text[start : start + 2000]
+                    if len(part) > 200 and part not in seen:
+                        seen.add(part)
+                        yield "licences", part
+
+
+def tables(generator: np.random.Generator) -> Iterator[tuple[str, str]]:
+    """Tables of sums and of products, and rows of named columns."""
+    for number in range(DOCUMENTS):
+        start, sign = int(generator.integers(2, 40)), "+x"[number % 2]
+        if number % 3:
+            results = [start + n if sign == "+" else start * n for n in range(1, 41)]
+            yield "tables", "\n".join(f"{start} {sign} {n} = {value}" for n, value in enumerate(results, 1))
+        else:
+            names = generator.choice(WORDS, 3, replace=False)
+            rows = [",".join(map(str, generator.integers(0, 100, 3))) for _ in range(40)]
+            yield "tables", "\n".join([",".join(names), *rows])
+
+
+def lists(generator: np.random.Generator) -> Iterator[tuple[str, str]]:
+    """Numbered lists, and lists of dates."""
+    for number in range(DOCUMENTS):
+        if number % 2:
+            items = generator.choice(WORDS, 30)
+            yield "lists", "\n".join(f"{n}. {item}" for n, item in enumerate(items, 1))
+        else:
+            year, month = int(generator.integers(1950, 2020)), int(generator.integers(1, 13))
+            yield "lists", "\n".join(f"- {year}-{month:02}-{day:02}" for day in range(1, 29))

@@ -1,0 +1,305 @@
+"""Whether depth goes with topic: means with intervals, adjusted means, contrasts, and what explains depth. No torch.
+
+Tokens of a document are not independent, and neither are runs of one recipe: intervals resample documents within their
+topic and, where several runs are given, runs. All runs are measured on the same documents.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from golf.config import UsageError
+from golf.texts import Tokens
+from golf.token_classes import CLASSES
+
+DRAWS = 1000
+KNOTS = (0.2, 0.4, 0.6, 0.8)  # quantiles at which splines bend
+LEAST_DOCUMENTS = 20
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the middle 95 % of its bootstrap draws."""
+
+    mean: float
+    low: float
+    high: float
+    draws: np.ndarray
+
+    def row(self) -> dict:
+        return {"mean": round(self.mean, 4), "low": round(self.low, 4), "high": round(self.high, 4)}
+
+
+def interval(mean: float, draws: np.ndarray) -> Interval:
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return Interval(float(mean), float(low), float(high), draws)
+
+
+def check_topics(tokens: Tokens) -> None:
+    """Raise UsageError for a topic with too few documents to resample."""
+    for number, topic in enumerate(tokens.topics):
+        count = len(np.unique(tokens.document[tokens.topic == number]))
+        if count < LEAST_DOCUMENTS:
+            raise UsageError(f"--docs: topic {topic!r:.60} has {count} documents, give {LEAST_DOCUMENTS} or more.")
+
+
+class Resampling:
+    """Weights of documents and runs in each bootstrap draw, the same for all that is estimated from them."""
+
+    def __init__(self, tokens: Tokens, runs: int, draws: int = DRAWS, seed: int = 1):
+        generator = np.random.default_rng(seed)
+        self.count = int(tokens.document.max()) + 1
+        self.topic_of = np.zeros(self.count, dtype=np.int64)
+        self.topic_of[tokens.document] = tokens.topic
+        self.documents = np.zeros((draws, self.count))
+        for topic in range(len(tokens.topics)):
+            mine = np.unique(tokens.document[tokens.topic == topic])
+            self.documents[:, mine] = generator.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), draws)
+        self.runs = generator.multinomial(runs, np.full(runs, 1 / runs), draws) / runs
+
+    def sums(self, runs: list[Tokens], values: list[np.ndarray], keep: list[np.ndarray]) -> np.ndarray:
+        """(runs, documents): sums of values over the tokens that are kept."""
+        parts = [
+            np.bincount(t.document[k], v[k].astype(np.float64), self.count)
+            for t, v, k in zip(runs, values, keep, strict=True)
+        ]
+        return np.stack(parts)
+
+    def ratio(self, over: np.ndarray, under: np.ndarray) -> Interval:
+        """The mean over runs of the ratio of two sums (runs, documents), with its interval."""
+        whole = float((over.sum(axis=1) / np.maximum(under.sum(axis=1), 1e-12)).mean())
+        drawn = (self.documents @ over.T) / np.maximum(self.documents @ under.T, 1e-12)
+        return interval(whole, (drawn * self.runs).sum(axis=1))
+
+
+def by_topic(runs: list[Tokens], resampling: Resampling) -> list[dict]:
+    """For each topic mean loops a token and a byte, nats after the first and the last pass, and what passes gain."""
+    rows, first = [], runs[0]
+    for number, topic in enumerate(first.topics):
+        keep = [t.topic == number for t in runs]
+        depth = resampling.sums(runs, [t.depth for t in runs], keep)
+        tokens = resampling.sums(runs, [np.ones(t.depth.size) for t in runs], keep)
+        length = resampling.sums(runs, [t.bytes for t in runs], keep)
+        gain = resampling.sums(runs, [t.losses[:, 0] - t.losses[:, -1] for t in runs], keep)
+        rows.append({
+            "topic": topic, "documents": int((resampling.topic_of == number).sum()), "tokens": int(tokens[0].sum()),
+            "loops": resampling.ratio(depth, tokens), "loops_a_byte": resampling.ratio(depth, length),
+            "gain": resampling.ratio(gain, tokens),
+            "bpb": round(float(np.mean([t.where(k).bits_a_byte for t, k in zip(runs, keep, strict=True)])), 4),
+        })  # fmt: skip
+    return rows
+
+
+def by_source(runs: list[Tokens], resampling: Resampling) -> list[dict]:
+    """Mean loops of each source of each topic."""
+    rows, first = [], runs[0]
+    for number, topic in enumerate(first.topics):
+        for place, source in enumerate(first.sources):
+            keep = [(t.topic == number) & (t.source == place) for t in runs]
+            if keep[0].any():
+                depth = resampling.sums(runs, [t.depth for t in runs], keep)
+                tokens = resampling.sums(runs, [np.ones(t.depth.size) for t in runs], keep)
+                documents = len(np.unique(first.document[keep[0]]))
+                rows.append({"topic": topic, "source": source, "documents": documents,
+                             "loops": resampling.ratio(depth, tokens)})  # fmt: skip
+    return rows
+
+
+def by_class(runs: list[Tokens], resampling: Resampling) -> list[dict]:
+    """Mean loops by kind of token: at the token, and spent to predict it; sentence starts are a row of their own."""
+    rows = []
+    picks = [(name, number) for number, name in enumerate(CLASSES)]
+    for name, number in [*picks, ("sentence start", -1)]:
+        row: dict = {"class": name}
+        for column, at in (("at", "kind_here"), ("predicting", "kind")):
+            if number >= 0:
+                keep = [getattr(t, at) == number for t in runs]
+            else:
+                opens = [t.opens for t in runs]
+                keep = opens if at == "kind" else [after(o, t.document) for o, t in zip(opens, runs, strict=True)]
+            if not keep[0].any():
+                continue
+            depth = resampling.sums(runs, [t.depth for t in runs], keep)
+            tokens = resampling.sums(runs, [np.ones(t.depth.size) for t in runs], keep)
+            row[column], row["tokens"] = resampling.ratio(depth, tokens), int(tokens[0].sum())
+        if len(row) > 1:
+            rows.append(row)
+    return rows
+
+
+def after(flags: np.ndarray, document: np.ndarray) -> np.ndarray:
+    """What was true of the predicted token, at the position where it stands."""
+    moved = np.roll(flags, 1)
+    moved[np.r_[True, document[1:] != document[:-1]]] = False
+    return moved
+
+
+# -- adjusted for what depth is known to go with ---------------------------------------------------------------
+
+
+def hinges(x: np.ndarray) -> np.ndarray:
+    """A piecewise linear spline's columns: (N, 1 + knots)."""
+    knots = np.unique(np.quantile(x, KNOTS))
+    return np.column_stack([x, *(np.maximum(x - k, 0) for k in knots)])
+
+
+def covariates(tokens: Tokens) -> np.ndarray:
+    """What is adjusted for: loss and entropy after the first pass (never the final loss, which depth itself moves), the
+    token's frequency, position, place in its word, and class."""
+    frequency = np.log(np.bincount(tokens.here, minlength=int(tokens.here.max()) + 1)[tokens.here])
+    kinds = [tokens.kind_here == k for k in np.unique(tokens.kind_here)[1:]]
+    columns = [hinges(tokens.losses[:, 0]), hinges(tokens.entropy), frequency, hinges(np.log1p(tokens.position)),
+               np.minimum(tokens.fragment, 1), np.minimum(tokens.fragment, 3), *kinds]  # fmt: skip
+    return np.column_stack(columns).astype(np.float64)
+
+
+def adjusted(runs: list[Tokens], resampling: Resampling) -> list[Interval]:
+    """Each topic's mean loops for tokens of equal difficulty and kind: least squares on topics and covariates.
+
+    Runs share the coefficients; each draw weighs the documents' normal equations.
+    """
+    topics = len(runs[0].topics)
+    squares, products, means = [], [], []
+    for tokens in runs:
+        x = covariates(tokens)
+        center = x.mean(axis=0)
+        x = np.column_stack([tokens.topic[:, None] == np.arange(topics), x - center])
+        order = np.argsort(tokens.document, kind="stable")
+        starts = np.searchsorted(tokens.document[order], np.arange(resampling.count + 1))
+        y = tokens.depth.astype(np.float64)
+        parts = [order[a:b] for a, b in itertools.pairwise(starts)]
+        squares.append(np.stack([x[p].T @ x[p] for p in parts]))
+        products.append(np.stack([x[p].T @ y[p] for p in parts]))
+        means.append(x[:, topics:].mean(axis=0))
+    width = {s.shape[1] for s in squares}
+    if len(width) > 1:
+        raise UsageError("The runs' tokens differ in their classes; give runs of one tokenizer.")
+    square, product = np.stack(squares), np.stack(products)  # (runs, documents, P, P), (runs, documents, P)
+
+    def solve(weights: np.ndarray) -> np.ndarray:
+        """weights (runs, documents) -> (topics,)."""
+        a = np.tensordot(weights, square, axes=2)
+        b = np.tensordot(weights, product, axes=2)
+        ridge = 1e-8 * np.trace(a) / len(a)
+        return np.linalg.solve(a + ridge * np.eye(len(a)), b)[:topics]
+
+    whole = solve(np.ones(square.shape[:2]))
+    draws = np.stack([
+        solve(run[:, None] * documents[None])
+        for run, documents in zip(resampling.runs, resampling.documents, strict=True)
+    ])  # fmt: skip
+    return [interval(mean, column) for mean, column in zip(whole, draws.T, strict=True)]
+
+
+def contrasts(names: tuple[str, ...], estimates: list[Interval]) -> list[dict]:
+    """Differences of all pairs, two-sided p from the draws' spread, Holm-corrected over the pairs."""
+    from scipy.stats import norm
+
+    rows = []
+    for a, b in itertools.combinations(range(len(names)), 2):
+        draws = estimates[a].draws - estimates[b].draws
+        found = interval(estimates[a].mean - estimates[b].mean, draws)
+        spread = max(float(draws.std(ddof=1)), 1e-12)
+        rows.append({
+            "topics": f"{names[a]} - {names[b]}", **found.row(), "p": float(2 * norm.sf(abs(found.mean) / spread)),
+        })  # fmt: skip
+    worst = 0.0
+    for place, row in enumerate(sorted(rows, key=lambda r: r["p"])):
+        worst = max(worst, min(1.0, row["p"] * (len(rows) - place)))
+        row["p_holm"] = worst
+    return rows
+
+
+# -- what explains depth ---------------------------------------------------------------------------------------
+
+
+def id_means(tokens: Tokens, train: np.ndarray, shrink: float = 5.0) -> np.ndarray:
+    """Each token's mean depth by its identity, from the tokens in `train` (N,) bool, drawn towards the overall mean."""
+    size = int(tokens.here.max()) + 1
+    count = np.bincount(tokens.here[train], minlength=size)
+    total = np.bincount(tokens.here[train], tokens.depth[train], size)
+    overall = tokens.depth[train].mean()
+    return ((total + shrink * overall) / (count + shrink))[tokens.here]
+
+
+def shares(tokens: Tokens) -> dict[str, float]:
+    """Share of depth's variance that is explained on documents not fitted on: by token identity alone, and with loss
+    after the first pass, position, and topic added in turn."""
+    fold = tokens.document % 4
+    parts = {
+        "token": None, "loss": hinges(tokens.losses[:, 0]), "position": hinges(np.log1p(tokens.position)),
+        "topic": (tokens.topic[:, None] == np.arange(1, len(tokens.topics))).astype(np.float64),
+    }  # fmt: skip
+    found: dict[str, list[float]] = {name: [] for name in parts}
+    y = tokens.depth.astype(np.float64)
+    for turn in range(4):
+        table, fit, test = (fold - turn) % 4 < 2, (fold - turn) % 4 == 2, (fold - turn) % 4 == 3
+        if not (table.any() and fit.any() and test.any()):
+            raise UsageError("--docs: give documents for at least four folds.")
+        columns = np.column_stack([np.ones(y.size), id_means(tokens, table)])
+        variance = ((y[test] - y[test].mean()) ** 2).sum()
+        for name, more in parts.items():
+            if more is not None:
+                columns = np.column_stack([columns, more])
+            beta = np.linalg.lstsq(columns[fit], y[fit], rcond=None)[0]
+            left = ((y[test] - columns[test] @ beta) ** 2).sum()
+            found[name].append(1 - left / max(variance, 1e-12))
+    explained = {name: float(np.mean(values)) for name, values in found.items()}
+    return {
+        "token": explained["token"], "token_loss": explained["loss"], "token_loss_position": explained["position"],
+        "with_topic": explained["topic"], "topic_adds": explained["topic"] - explained["position"],
+    }  # fmt: skip
+
+
+def agreement(runs: list[Tokens]) -> dict[str, float]:
+    """Mean Spearman correlation of depth, token by token, between each two runs; and of documents' mean depths."""
+    from scipy.stats import spearmanr
+
+    if len(runs) < 2:
+        raise UsageError("Agreement between runs needs two runs or more, name another folder.")
+    tokens, documents = [], []
+    for a, b in itertools.combinations(runs, 2):
+        if a.here.shape != b.here.shape or (a.here != b.here).any():
+            raise UsageError("The runs cut the documents into different tokens; give runs of one tokenizer.")
+        tokens.append(correlation(spearmanr, a.depth, b.depth))
+        sums = [np.bincount(t.document, t.depth) / np.maximum(np.bincount(t.document), 1) for t in (a, b)]
+        documents.append(correlation(spearmanr, *sums))
+    return {"tokens": float(np.mean(tokens)), "documents": float(np.mean(documents))}
+
+
+def correlation(measure, a: np.ndarray, b: np.ndarray) -> float:
+    """A correlation, 0 where one side never changes."""
+    return 0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else float(measure(a, b).statistic)
+
+
+# -- the rule by which the study calls itself negative ---------------------------------------------------------
+
+LOOKUP_SHARE, TOPIC_SHARE, LEAST_AGREEMENT = 0.9, 0.01, 0.5
+
+
+def verdict(lookup_share: float | None, topic_adds: float, agreement: float | None) -> tuple[str, list[str]]:
+    """positive, negative, or undecided where a part was not measured; and a sentence for each of the three."""
+    said, failed = [], False
+    if lookup_share is None:
+        said.append("The token lookup was not measured (--controls).")
+    else:
+        bad = lookup_share >= LOOKUP_SHARE
+        failed |= bad
+        said.append(f"A table of token identities reaches {lookup_share:.0%} of the rule's gain over random depths "
+                    f"(negative from {LOOKUP_SHARE:.0%} on): {'fails' if bad else 'holds'}.")  # fmt: skip
+    bad = topic_adds < TOPIC_SHARE
+    failed |= bad
+    said.append(f"Topic adds {topic_adds:.2%} of depth's variance beyond token, loss after the first pass and position "
+                f"(negative below {TOPIC_SHARE:.0%}): {'fails' if bad else 'holds'}.")  # fmt: skip
+    if agreement is None:
+        said.append("Agreement between runs was not measured (give two folders or more).")
+    else:
+        bad = agreement < LEAST_AGREEMENT
+        failed |= bad
+        said.append(f"Runs agree on a token's depth with a rank correlation of {agreement:.2f} "
+                    f"(negative below {LEAST_AGREEMENT}): {'fails' if bad else 'holds'}.")  # fmt: skip
+    unknown = lookup_share is None or agreement is None
+    return ("negative" if failed else "undecided" if unknown else "positive"), said
