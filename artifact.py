@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,12 +24,13 @@ from tyro.conf import Positional, arg
 
 from golf import bundle, folders, records
 from golf.checkpoint import read_sensitivities, read_tensors, write_weights
-from golf.codec import encode, load_artifact, read_header, with_note
-from golf.config import TRACKS, Config, Pack, Run, Scoring, UsageError, check_pack, check_scoring
+from golf.codec import encode, load_artifact
+from golf.config import TRACKS, Config, Pack, Run, Scoring, UsageError, check_pack
 from golf.console import parse, run_script
 from golf.files import write_bytes
 from golf.presets import PRESETS, flags_of
 from golf.quantize import quantize
+from golf.rescore import rescored
 
 
 def check(folder: Positional[str], cap: int = 0, json: bool = False) -> int:
@@ -187,24 +187,8 @@ def rescore(
         scoring: How the packed model is asked.
         json: Print one JSON object.
     """
-    source, target = Path(run), Path(output)
-    record = records.read(source)
-    data = (source / "model.bin").read_bytes() if (source / "model.bin").is_file() else b""
-    shape, note = read_header(data)[:2]
-    check_scoring(scoring, record.context, shape)
-    note |= {"scoring": asdict(scoring)}
-    if target.exists():
-        raise UsageError(f"{target} exists already, name another folder.")
-    shutil.copytree(source, target)
-    write_bytes(target / "model.bin", with_note(data, note))
-    measured, adapts = folders.sizes(target), scoring.adapts
-    records.write(target, replace(
-        record, stride=scoring.stride, chunk=scoring.chunk if adapts else 0, adapts=adapts, val_bpb=None, val_loss=None,
-        eval_seconds=None, bytes_model=measured.weights, bytes_total=measured.total,
-        content_shapes=scoring.exit != "none",
-        headroom=record.cap - measured.total, config=record.config | {"scoring": asdict(scoring)},
-    ))  # fmt: skip
-    show({"written": output, "bytes_total": measured.total}, json)
+    record = rescored(Path(run), Path(output), asdict(scoring))
+    show({"written": output, "bytes_total": record.bytes_total}, json)
     return 0
 
 

@@ -28,7 +28,9 @@ def plan(config: Config, machine: str = "8xH100") -> dict:
     total = sum(classes.values()) + code
     rates = pace.machine_rates(machine, config)
     steps = pace.steps_in_cap(config, rates)
-    memory = pace.training_memory(config, 8 if machine.startswith("8x") else 1)
+    ranks = 8 if machine.startswith("8x") else 1
+    memory = pace.training_memory(config, ranks)
+    claimed = {"claimed_memory": CLAIMED_MEMORY[config.preset]} if config.preset in CLAIMED_MEMORY else {}
     return {
         "preset": config.preset, "track": config.track, "parameters": shape.parameter_count,
         "effective_parameters": sum(
@@ -43,7 +45,7 @@ def plan(config: Config, machine: str = "8xH100") -> dict:
         "machine": machine, "rates": rates.source, "step_ms": round(1e3 * pace.step_seconds(config, rates), 2),
         "steps": steps,
         "tokens": steps * config.recipe.batch_tokens,
-        "training_memory": memory, "fits_12gb": memory <= 12e9, "fits_24gb": memory <= 24e9,
+        "memory": pace.memory_parts(config, ranks), **claimed, "training_memory": memory, "fits_12gb": memory <= 12e9, "fits_24gb": memory <= 24e9,
         "process_memory": pace.process_memory(config),
     }  # fmt: skip
 
@@ -87,6 +89,9 @@ def table() -> list[dict]:
         })  # fmt: skip
     return rows
 
+
+# What the proposal of adaptive depth claims of its model's memory: bfloat16 weights, AdamW, activations.
+CLAIMED_MEMORY = {"adaptive100m": {"weights": 200_000_000, "optimizer": 800_000_000, "activations": 2_000_000_000}}
 
 TABLE_NOTES = """\
 The proposal's sizes are about 0.61 bytes a parameter. The contest baseline's int8+zlib artifact is really

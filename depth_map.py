@@ -155,6 +155,8 @@ class TopicsArguments:
     """Documents of each topic; 0 is all."""
     controls: bool = False
     """Run the eleven controls too, on the first run; takes some fifteen measurements."""
+    agreement: bool = False
+    """Ask how far runs agree on a token's depth; needs two or more (and is told whenever there are)."""
     draws: int = 1000
     """Bootstrap draws."""
     json: bool = False
@@ -173,6 +175,8 @@ def topics(a: TopicsArguments) -> dict:
         raise UsageError("topics: name a run folder.")
     if not 10 <= a.draws <= 100_000:
         raise UsageError(f"--draws {a.draws}: give 10 to 100,000.")
+    if a.agreement and len(a.folders) < 2:
+        raise UsageError("--agreement: it needs two runs or more, name another folder.")
     models = [depth.load(Path(folder)) for folder in a.folders]
     if len({m.table.vocab_size for m in models}) > 1:
         raise UsageError("The runs have different tokenizers, give runs of one.")

@@ -1,6 +1,7 @@
 """The referee: a submission folder to bits per byte on the whole validation split, and whether the number holds.
 
     python eval_bpb.py FOLDER [--data DIR] [--official] [--json] [--retrain]
+    python eval_bpb.py FOLDER --exit RULE --threshold X
     python eval_bpb.py prove FOLDER [--documents N] [--tokens T]
     python eval_bpb.py sample FOLDER --prompt TEXT
     python eval_bpb.py lint FOLDER...
@@ -20,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import tyro
@@ -199,6 +201,10 @@ class JudgeArguments:
     """Leave out the partial last row, as the contest's trainer does."""
     retrain: bool = False
     """Also train again, from the folder's own code, where no validation text exists."""
+    exit: str = ""
+    """Judge a copy in whose artifact this exit rule is stored: a point of the frontier of score against depth."""
+    threshold: float = 0.0
+    """That rule's threshold."""
     memory: float = 0.0
     """Gigabytes that the scorer may take; 0 is three quarters of the machine's."""
     json: bool = False
@@ -329,6 +335,33 @@ def main() -> int:
         print(json.dumps(result) if asked.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
         return 0 if result["holds"] else 1
     arguments = parse(tyro.cli, JudgeArguments, prog="eval_bpb.py", args=words)
+    with contextlib.ExitStack() as stack:
+        if arguments.exit:
+            arguments = replace(arguments, folder=str(with_exit(arguments, stack)))
+        elif arguments.threshold:
+            raise UsageError(f"--threshold {arguments.threshold:g}: name a rule with --exit.")
+        return judge_folder(arguments)
+
+
+def with_exit(arguments: JudgeArguments, stack: contextlib.ExitStack) -> Path:
+    """A copy of the folder, which lives as long as `stack`, whose tokens stop by the rule asked for. Raises UsageError.
+
+    Seconds and score are the referee's; artifact.py rescore makes the same copy to keep.
+    """
+    from golf.config import Scoring
+    from golf.rescore import rescored
+
+    if arguments.exit not in get_args(get_type_hints(Scoring)["exit"]):
+        names = ", ".join(get_args(get_type_hints(Scoring)["exit"])[1:])
+        raise UsageError(f"--exit {arguments.exit:.60}: give one of {names}.")
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="golf-exit-")))
+    source = Path(arguments.folder)
+    rescored(source, place / source.name, {"exit": arguments.exit, "exit_threshold": arguments.threshold})
+    return place / source.name
+
+
+def judge_folder(arguments: JudgeArguments) -> int:
+    """The verdict on one folder: printed, and written beside it."""
     folder = Path(arguments.folder)
     record = records.read(folder)
     if record.track not in TRACKS:

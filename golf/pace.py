@@ -97,10 +97,20 @@ def activations(config: Config, ranks: int) -> tuple[int, int]:
     return tokens * layers * layer, ends * tokens * shape.vocab_size
 
 
-def training_memory(config: Config, ranks: int = 1) -> int:
-    """Predicted peak bytes a device: weights, gradients, optimiser state, activations, logits."""
+def memory_parts(config: Config, ranks: int = 1) -> dict[str, int]:
+    """Predicted bytes a device at the peak of training: float32 weights and gradients, Muon's momentum or Adam's two
+    moments and the weights to return to, activations, and logits with their gradients."""
     layers, logits = activations(config, ranks)
-    return 16 * config.shape.parameter_count + layers + 14 * logits
+    count = config.shape.parameter_count
+    return {
+        "weights": 4 * count, "gradients": 4 * count, "optimizer": 8 * count, "activations": layers,
+        "logits": 14 * logits,
+    }  # fmt: skip
+
+
+def training_memory(config: Config, ranks: int = 1) -> int:
+    """Their sum."""
+    return sum(memory_parts(config, ranks).values())
 
 
 def process_memory(config: Config) -> int:

@@ -59,6 +59,21 @@ PRESETS = {
             ),
             run=Run(micro_rows=32),
         ),
+        # The proposal to let tokens decide how long to think: 6 blocks of 16.8 M weights, far beyond any contest's cap.
+        Config(
+            "adaptive100m", "contest",
+            Shape(
+                vocab_size=8192, width=1024, heads=8, kv_heads=8, mlp_ratio=6.0, core=6, loops=4, skips=False,
+                exit_gate="hazard",
+            ),
+            Recipe(
+                sequence_length=512, batch_tokens=4096, matrix_rate=0.02, embed_rate=0.03, scalar_rate=0.02,
+                newton_schulz="polar-express", row_normalize=True, warmdown=0.6, clip_norm=1.0, depth_loss="gate",
+                halt_penalty=0.01,
+            ),
+            Pack(0.1, 0.1),
+            Run(allow_over_cap=True),
+        ),
         Config("laptop", "laptop", LAPTOP_SHAPE, LAPTOP_RECIPE),
         Config("laptop_flat", "laptop", replace(LAPTOP_SHAPE, loops=1), LAPTOP_RECIPE),
         Config(

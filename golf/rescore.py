@@ -1,0 +1,36 @@
+"""A run folder asked in another way: a copy whose artifact says how it is to be scored. No torch."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from golf import folders, records
+from golf.codec import read_header, with_note
+from golf.config import Scoring, UsageError, check_scoring, fields_from_dict
+from golf.files import write_bytes
+
+
+def rescored(source: Path, target: Path, changes: dict) -> records.Record:
+    """Copy a run folder to `target` with these fields of its Scoring changed, in artifact and record; what was judged
+    before is left out. Raises UsageError."""
+    record = records.read(source)
+    data = (source / "model.bin").read_bytes() if (source / "model.bin").is_file() else b""
+    shape, note = read_header(data)[:2]
+    scoring = replace(fields_from_dict(Scoring, note.get("scoring", {}), "artifact's scoring"), **changes)
+    check_scoring(scoring, record.context, shape)
+    if target.exists():
+        raise UsageError(f"{target} exists already, name another folder.")
+    shutil.copytree(source, target)
+    (target / "verdict.json").unlink(missing_ok=True)
+    write_bytes(target / "model.bin", with_note(data, note | {"scoring": asdict(scoring)}))
+    measured, adapts = folders.sizes(target), scoring.adapts
+    new = replace(
+        record, stride=scoring.stride, chunk=scoring.chunk if adapts else 0, adapts=adapts, val_bpb=None, val_loss=None,
+        eval_seconds=None, bytes_model=measured.weights, bytes_total=measured.total,
+        content_shapes=scoring.exit != "none", headroom=record.cap - measured.total,
+        config=record.config | {"scoring": asdict(scoring)},
+    )  # fmt: skip
+    records.write(target, new)
+    return new
