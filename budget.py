@@ -45,7 +45,8 @@ def plan(config: Config, machine: str = "8xH100") -> dict:
         "machine": machine, "rates": rates.source, "step_ms": round(1e3 * pace.step_seconds(config, rates), 2),
         "steps": steps,
         "tokens": steps * config.recipe.batch_tokens,
-        "memory": pace.memory_parts(config, ranks), **claimed, "training_memory": memory, "fits_12gb": memory <= 12e9, "fits_24gb": memory <= 24e9,
+        "memory": pace.memory_parts(config, ranks), **claimed, "training_memory": memory,
+        "fits_12gb": memory <= 12e9, "fits_24gb": memory <= 24e9,
         "process_memory": pace.process_memory(config),
     }  # fmt: skip
 

@@ -67,7 +67,7 @@ PRESETS = {
                 exit_gate="hazard",
             ),
             Recipe(
-                sequence_length=512, batch_tokens=4096, matrix_rate=0.02, embed_rate=0.03, scalar_rate=0.02,
+                sequence_length=512, batch_tokens=4096, matrix_rate=0.01, embed_rate=0.005, scalar_rate=0.01,
                 newton_schulz="polar-express", row_normalize=True, warmdown=0.6, clip_norm=1.0, depth_loss="gate",
                 halt_penalty=0.01,
             ),

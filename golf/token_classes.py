@@ -40,7 +40,7 @@ VERBS = frozenset(
     contain contains contained describe describes described provide provides provided follow follows followed allow
     allows allowed return returns returned raise raises raised create creates created require requires required happen
     happens happened consider considered continue continued decide decided expect expected explain explained help helps
-    helped hope hopes hoped likes liked live lived loves loved moved played put puts
+    helped hope hopes hoped likes liked live lived loves loved moved played put puts want
     received remain remained reported seem speak speaks spoke spoken suggest suggests suggested supposed tried try tries
     turned use uses used using waited walked watched worked""".split()
 )

@@ -71,7 +71,8 @@ def test_same_configuration_same_bytes():
     for name in ("baseline", "smoke"):
         first = bundle.counted_files(PRESETS[name])
         assert first == bundle.counted_files(PRESETS[name])
-        assert bundle.code_bytes(PRESETS[name]) == pytest.approx(len(first["train_gpt.py"]), abs=200)
+        size = len(first["train_gpt.py"])  # other configurations of a track differ by what is baked in
+        assert bundle.code_bytes(PRESETS[name]) == pytest.approx(size, abs=600)
     assert "source/train_gpt.py" in first and len(first["train_gpt.py"]) < len(first["source/train_gpt.py"]) / 3
 
 

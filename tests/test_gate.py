@@ -222,3 +222,25 @@ def test_a_gate_trains_is_packed_and_stops_tokens(gate, corpus, tmp_path):
     assert done.returncode == 0, done.stderr
     done = run("eval_bpb.py", out, "--data", corpus, "--json")
     assert json.loads(done.stdout)["valid"], done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_adaptive_model_of_100_m_weights_takes_three_steps_on_a_processor():
+    from golf.machine import Machine, accumulate
+    from golf.muon import Optimizers
+    from golf.presets import PRESETS
+
+    preset = PRESETS["adaptive100m"]
+    recipe = replace(preset.recipe, sequence_length=128, batch_tokens=128, newton_schulz_steps=3)
+    config = replace(preset, recipe=recipe)
+    machine = Machine(torch.device("cpu"), torch.float32, "none")
+    model = RecurrentGPT(config.shape).initialize(config.recipe, 1)
+    optimizers, objective = Optimizers(model, config.recipe), Objective(config)
+    row = torch.randint(2, 8192, (1, 129), generator=torch.Generator().manual_seed(0)).numpy()
+    losses = []
+    for step in range(3):
+        optimizers.zero_grad()
+        objective.begin(step / 3)
+        losses.append(float(accumulate(model, [(row[:, :-1], row[:, 1:])], machine, 4, objective)))
+        optimizers.step(step / 3)
+    assert losses[2] < losses[0] and objective.told(model)["mean_depth"] > 1

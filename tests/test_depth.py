@@ -1,0 +1,305 @@
+"""Depth by topic and on the page: measurement, statistics with known answers, controls, and a stranger's text."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from golf import controls, depth, gate, map_page, topics
+from golf.config import Scoring, UsageError
+from golf.exits import Entropy, FixedDepth
+from golf.texts import Text, Tokens, read_texts
+from golf.token_classes import CLASSES, kinds
+from tests.conftest import TINY, run
+
+
+@pytest.fixture(scope="module")
+def looped_run(corpus, tmp_path_factory) -> Path:
+    """A run folder of a small model whose tokens may stop."""
+    place = tmp_path_factory.mktemp("looped")
+    done = run("train_gpt.py", "smoke", *TINY, "--run.data", corpus, "--run.runs", place, "--run.max-steps", 12,
+               "--run.name", "looped", "--shape.no-skips", "--recipe.depth-loss", "each", "--recipe.loops-from", "0",
+               "--run.no-judge", "--pack.calibration-batches", 0)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return next(place.glob("*-looped"))
+
+
+@pytest.fixture(scope="module")
+def texts(library_texts) -> list[Text]:
+    """Forty heads of library documents of two topics."""
+    kept = [Text(d.text[:400], d.topic, "library") for d in library_texts]
+    return [*[t for t in kept if t.topic == "code"][:20], *[t for t in kept if t.topic == "prose"][:20]]
+
+
+@pytest.fixture(scope="module")
+def measured(looped_run, texts) -> tuple[depth.Looped, Tokens]:
+    looped = depth.load(looped_run)
+    return looped, depth.measure(looped, texts, looped.rule("difference", 0.3))
+
+
+def test_columns_are_what_the_model_says_of_each_document_alone(measured, texts):
+    looped, tokens = measured
+    for number in (0, 7, 33):
+        mine = tokens.where(tokens.document == number)
+        row = [looped.table.bos, *looped.table.encode(texts[number].text)][: depth.LENGTH + 1]
+        row = row[: looped.context + 1]
+        given, targets = torch.tensor([row[:-1]]), torch.tensor([row[1:]])
+        assert mine.here.tolist() == row[:-1] and mine.target.tolist() == row[1:]
+        assert mine.bytes.sum() == len(looped.table.decode(row[1:]))
+        for loops in range(1, looped.loops + 1):
+            logits = looped.model(given, loops=loops)[0]
+            nats = torch.nn.functional.cross_entropy(logits, targets[0], reduction="none")
+            np.testing.assert_allclose(mine.losses[:, loops - 1], nats.detach().numpy(), rtol=1e-3, atol=1e-4)
+    assert len(np.unique(tokens.depth)) > 1
+    assert (tokens.position[tokens.kind_here == -1] == 0).all()
+
+
+def test_a_fixed_depth_costs_what_that_pass_does_and_given_depths_what_the_rule_did(measured, texts):
+    looped, tokens = measured
+    fixed = depth.measure(looped, texts, FixedDepth(2))
+    np.testing.assert_allclose(fixed.loss, fixed.losses[:, 1], atol=1e-4)
+    again = controls.assigned(looped, texts, tokens, tokens.depth.astype(np.int64))
+    np.testing.assert_allclose(again.loss, tokens.loss, atol=1e-4)
+
+
+def test_a_threshold_is_found_for_a_depth(measured, texts):
+    looped, _ = measured
+    threshold = depth.threshold_for(looped, texts[:12], "difference", 2.0)
+    assert depth.mean_depth(looped, texts[:12], looped.rule("difference", threshold)) == pytest.approx(2.0, abs=0.1)
+    with pytest.raises(UsageError, match="mean-depth 9"):
+        depth.threshold_for(looped, texts[:12], "entropy", 9.0)
+
+
+# == statistics with known answers =================================================================================
+
+
+def made(seed: int, topic_effect: float = 0.0, token_effect: float = 1.0, loss_effect: float = 0.0) -> Tokens:
+    """Sixty documents of three topics whose depth is a token's own number, a loss, a topic and noise."""
+    generator = np.random.default_rng(seed)
+    documents, length = 60, 80
+    n = documents * length
+    document = np.repeat(np.arange(documents), length)
+    topic = document % 3
+    here = generator.integers(0, 20, n)
+    loss = generator.gamma(2.0, 1.0, n) + 0.5 * (topic == 2)
+    value = 4 + token_effect * (here % 3) + topic_effect * topic + loss_effect * loss + 0.3 * generator.normal(size=n)
+    zero = np.zeros(n, dtype=np.int8)
+    return Tokens(
+        document, topic, zero, np.tile(np.arange(length), documents), here, here, np.full(n, 2), (here % 5).astype(int),
+        (here % 5).astype(int), zero, zero == 1, value, loss, np.stack([loss, loss / 2], axis=1), loss, ("a", "b", "c"),
+        ("",),
+    )  # fmt: skip
+
+
+def test_means_and_their_intervals_are_those_of_documents():
+    tokens = made(0, topic_effect=0.5)
+    resampling = topics.Resampling(tokens, 1, 2000)
+    rows = topics.by_topic([tokens], resampling)
+    for number, row in enumerate(rows):
+        mine = tokens.topic == number
+        means = np.array([tokens.depth[tokens.document == d].mean() for d in np.unique(tokens.document[mine])])
+        found = row["loops"]
+        assert found.mean == pytest.approx(tokens.depth[mine].mean())
+        error = means.std() / len(means) ** 0.5
+        assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
+        assert row["loops_a_byte"].mean == pytest.approx(found.mean / 2)
+
+
+def test_adjusting_takes_out_what_only_difficulty_brings_and_keeps_what_the_topic_does():
+    only_loss = made(1, loss_effect=1.0)
+    resampling = topics.Resampling(only_loss, 1, 200)
+    raw = [r["loops"].mean for r in topics.by_topic([only_loss], resampling)]
+    equal = [e.mean for e in topics.adjusted([only_loss], resampling)]
+    assert raw[2] - raw[0] > 0.4 and abs(equal[2] - equal[0]) < 0.05
+    topical = made(2, topic_effect=0.5, loss_effect=1.0)
+    equal = topics.adjusted([topical, made(3, topic_effect=0.5, loss_effect=1.0)], topics.Resampling(topical, 2, 200))
+    assert equal[1].mean - equal[0].mean == pytest.approx(0.5, abs=0.05)
+    rows = topics.contrasts(("a", "b", "c"), equal)
+    assert all(row["p_holm"] < 0.01 for row in rows) and rows[0]["mean"] < 0
+
+
+def test_holm_multiplies_the_smallest_p_by_all_and_never_goes_down():
+    generator = np.random.default_rng(0)
+    estimates = [topics.interval(m, m + 0.1 * generator.normal(size=5000)) for m in (0.0, 0.02, 0.5)]
+    rows = sorted(topics.contrasts(("a", "b", "c"), estimates), key=lambda r: r["p"])
+    assert rows[0]["p_holm"] == pytest.approx(3 * rows[0]["p"]) and rows[1]["p_holm"] >= rows[0]["p_holm"]
+    assert rows[2]["p_holm"] == pytest.approx(max(rows[2]["p"], rows[1]["p_holm"])) and rows[2]["p"] > 0.5
+
+
+def test_the_study_calls_itself_negative_where_tokens_explain_everything():
+    tokens = made(4)
+    found = topics.shares(tokens)
+    assert found["token"] > 0.8 and abs(found["topic_adds"]) < 0.01
+    assert topics.verdict(0.5, found["topic_adds"], 0.9)[0] == "negative"
+    topical = topics.shares(made(5, topic_effect=0.5))
+    assert topical["topic_adds"] > 0.05
+    assert topics.verdict(0.5, topical["topic_adds"], 0.9)[0] == "positive"
+    assert topics.verdict(0.95, 0.1, 0.9)[0] == topics.verdict(0.5, 0.1, 0.4)[0] == "negative"
+    assert topics.verdict(None, 0.1, 0.9)[0] == topics.verdict(0.5, 0.1, None)[0] == "undecided"
+
+
+def test_runs_agree_with_themselves_and_not_with_chance():
+    tokens = made(6)
+    shuffled = replace(tokens, depth=np.random.default_rng(0).permutation(tokens.depth))
+    assert topics.agreement([tokens, tokens])["tokens"] == pytest.approx(1)
+    assert abs(topics.agreement([tokens, shuffled])["tokens"]) < 0.05
+    with pytest.raises(UsageError, match="two runs"):
+        topics.agreement([tokens])
+    with pytest.raises(UsageError, match="different tokens"):
+        topics.agreement([tokens, replace(tokens, here=tokens.here + 1)])
+
+
+def test_controls_keep_what_they_match():
+    generator = np.random.default_rng(0)
+    value, score, group = (generator.integers(1, 5, 4000), generator.random(4000), generator.integers(0, 9, 4000))
+    like = controls.as_histogram(score, value, generator)
+    assert (np.sort(like) == np.sort(value)).all() and np.corrcoef(like, score)[0, 1] > 0.9
+    within = controls.shuffled_within(value, group, generator)
+    for g in range(9):
+        assert (np.sort(within[group == g]) == np.sort(value[group == g])).all()
+    assert (within != value).any()
+    tokens = made(7)
+    assert np.corrcoef(controls.lookup_scores(tokens, tokens.document % 2 == 0), tokens.depth)[0, 1] > 0.9
+    assert set(controls.matched(tokens)) == {"a", "b", "c"} and -1 <= controls.split_half(tokens) <= 1
+    assert {t.topic for t in controls.known_difficulty(documents=2)} == {
+        "copy", "modular arithmetic", "1-hop", "2-hop", "3-hop"}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_all_controls_run(measured, texts):
+    looped, tokens = measured
+    found = controls.all_of_them(looped, texts, tokens, "difference", looped.rule("difference", 0.3))
+    assert len(found) == 9 and found["1-4 gates"]["bits_a_byte"]["rule"] > 0
+    json.dumps(found)
+
+
+# == kinds of tokens ===============================================================================================
+
+
+def test_kinds_of_prose_and_of_programs():
+    pieces = [b"He", b" said", b" that", b" own", b"ers", b" want", b" to", b" zig", b".", b" Then", b" 42", b"\n"]
+    found = kinds(pieces, code=False)
+    assert [CLASSES[k] for k in found.label] == [
+        "function word", "verb", "function word", "content word", "continuation", "verb", "function word", "verb",
+        "punctuation", "function word", "digit", "space"]  # fmt: skip
+    assert found.opens.tolist() == [True, *[False] * 8, True, False, False] and found.fragment[4] == 1
+    pieces = [b"def", b" f", b"oo", b"(", b"x", b")", b":", b" y", b" =", b" x", b" =", b"=", b"3"]
+    assert [CLASSES[k] for k in kinds(pieces, code=True).label] == [
+        "keyword", "identifier", "continuation", "bracket", "identifier", "bracket", "punctuation", "identifier",
+        "assignment", "identifier", "punctuation", "punctuation", "digit"]  # fmt: skip
+
+
+# == the second stage's gate =======================================================================================
+
+
+def test_a_gate_learns_on_a_frozen_model_and_goes_into_the_artifact(looped_run, corpus, tmp_path):
+    out = tmp_path / "gated"
+    done = run("depth_map.py", "gate", looped_run, out, "--data", corpus, "--steps", 20, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bytes_more"] > 0
+    before, after = (gate.decode_grids((f / "model.bin").read_bytes()) for f in (looped_run, out))
+    assert after[0] == replace(before[0], exit_gate="hazard")
+    for name, grid in before[1].items():
+        assert np.array_equal(grid.weights(), after[1][name].weights())
+    done = run("eval_bpb.py", out, "--data", corpus, "--exit", "gate", "--threshold", 0.7, "--json")
+    assert json.loads(done.stdout)["valid"], done.stdout + done.stderr
+    again = tmp_path / "again"
+    assert run("depth_map.py", "gate", looped_run, again, "--data", corpus, "--steps", 20).returncode == 0
+    assert (again / "model.bin").read_bytes() == (out / "model.bin").read_bytes()
+
+
+def test_losses_at_stops_are_those_of_everyone_where_nobody_stops(looped_run):
+    _, model = gate.gated((looped_run / "model.bin").read_bytes())
+    tokens = torch.randint(2, 500, (2, 32), generator=torch.Generator().manual_seed(0))
+    targets = tokens.roll(-1, 1)
+    states, losses = gate.losses_at_stops(model, tokens, targets, 1.5)
+    plain, final = model.each(tokens)
+    torch.testing.assert_close(states, plain, rtol=1e-4, atol=1e-4)
+    wanted = model.head_losses(final, targets.expand(len(final), *targets.shape))[1]
+    torch.testing.assert_close(losses, wanted, rtol=1e-3, atol=1e-4)
+    some = gate.losses_at_stops(model, tokens, targets, 0.5)[1]
+    torch.testing.assert_close(some[0], wanted[0], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(some[-1], wanted[-1])
+    assert torch.equal(gate.labels_from(losses, "last")[1:], losses[:-1])
+
+
+# == the page ======================================================================================================
+
+NASTY = "<script>alert(1)</script> & \"quoted\" </span><img src=x onerror=alert(2)> 'é' \u2028 end"
+
+
+def test_a_page_escapes_everything(looped_run, tmp_path):
+    (tmp_path / "nasty.txt").write_text(NASTY)
+    page, png = tmp_path / "page.html", tmp_path / "map.png"
+    done = run("depth_map.py", "map", looped_run, "--text", tmp_path / "nasty.txt", "--output", page, "--png", png,
+               "--exit", "difference", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert "".join(t["text"] for t in told["documents"][0]["tokens"]).startswith("<script>")
+    text = page.read_text("utf-8")
+    assert text.count("<script>") == 1 and "<img" not in text and "http" not in text
+    assert NASTY.split("'")[0] in html.unescape(re.sub("<[^>]*>", "", text))
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    shown = map_page.page("<b>", "&", 3, [map_page.Shown("</h2>", [])], [("<i>", "<svg></svg>")])
+    assert "<b>" not in shown and "<i>" not in shown and "&lt;/h2&gt;" in shown
+
+
+# == bad input =====================================================================================================
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("topics", "RUN", "--docs", "DOCS", "--exit", "gate"), "has no gate"),
+    (("topics", "RUN", "--docs", "DOCS", "--exit", "margin", "--threshold", "1.5"), "margin takes 0 to 1"),
+    (("topics", "RUN", "--docs", "DOCS", "--agreement"), "two runs or more"),
+    (("topics", "RUN", "--docs", "DOCS", "--threshold", "3.0"), "has 5 documents, give 20 or more"),
+    (("topics", "RUN", "--docs", "nowhere.jsonl"), "cannot be read"),
+    (("topics", "RUN", "--docs", "BAD"), 'line 1: give an object with "topic" and "text"'),
+    (("map", "RUN", "--text", "nowhere.txt"), "cannot be read"),
+    (("map", "RUN", "--text", "EMPTY"), "it is empty"),
+    (("map", "RUN", "--text", "DOCS", "--exit", "gate"), "has no gate"),
+    (("gate", "RUN", "RUN"), "exists already"),
+])  # fmt: skip
+def test_mistakes_end_in_one_sentence(words, said, looped_run, tmp_path):
+    docs, bad, empty = tmp_path / "docs.jsonl", tmp_path / "bad.jsonl", tmp_path / "empty.txt"
+    docs.write_text("".join(json.dumps({"topic": "few", "text": f"Some words, {n}."}) + "\n" for n in range(5)))
+    bad.write_text('{"topic": 3, "text": "x"}\n')
+    empty.write_text("")
+    places = {"RUN": looped_run, "DOCS": docs, "BAD": bad, "EMPTY": empty}
+    done = run("depth_map.py", *(places.get(w, w) for w in words))
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_model_without_repeats_is_refused_and_a_file_of_surrogates(tmp_path, looped_run):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"topic": "a", "text": "\\ud800"}\n')
+    with pytest.raises(UsageError, match="line 1"):
+        read_texts(path)
+    done = run("eval_bpb.py", looped_run, "--exit", "gat", "--threshold", 1)
+    assert done.returncode == 2 and "give one of fixed" in done.stderr
+
+
+def test_topics_are_cut_to_equal_bytes_and_held_out_apart(tmp_path):
+    docs = tmp_path / "docs.jsonl"
+    rows = [{"topic": t, "text": f"{t} {n} " * (20 + 10 * (t == "long")), "source": "s"}
+            for t in ("long", "short") for n in range(80)]  # fmt: skip
+    docs.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = run("depth_map.py", "split", docs, tmp_path / "out", "--json")
+    told = json.loads(done.stdout)
+    train, held = (read_texts(tmp_path / "out" / f"{n}.jsonl") for n in ("train", "held"))
+    sizes = {t: sum(len(x.text.encode()) for x in train if x.topic == t) for t in ("long", "short")}
+    assert sizes["long"] == sizes["short"] == told["bytes_a_topic"] and held
+    assert not {x.text for x in train} & {x.text for x in held}
+
+
+def test_rules_measure_alike_by_name_and_by_hand(measured, texts):
+    looped, _ = measured
+    ours = depth.measure(looped, texts[:4], looped.rule("entropy", 5.0))
+    theirs = depth.measure(looped, texts[:4], Entropy(5.0))
+    assert (ours.depth == theirs.depth).all() and Scoring(exit="gate").exit == "gate"
