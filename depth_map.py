@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,12 +19,14 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from golf import folders, records
-from golf.config import Scoring, UsageError
+from golf import records
+from golf.config import UsageError
 from golf.console import parse, run_script
 from golf.data import Corpus
 from golf.files import write_bytes
-from golf.texts import Text, read_texts
+from golf.rescore import read_artifact, rescored
+from golf.sources import Document
+from golf.texts import read_topics
 
 HELD_OUT = 0.2
 SHOWN_BYTES = 20_000  # of a text that is drawn
@@ -51,13 +52,11 @@ def split(docs: Positional[str], output: Positional[str], formulaic: bool = Fals
         formulaic: Add a topic of formulaic text: licences of the installed packages, tables, lists.
         json: Print one JSON object.
     """
-    texts = read_texts(Path(docs))
+    texts = read_topics(Path(docs))
     if formulaic:
         from golf import formulaic as made
 
         texts += made.formulaic()
-    if not texts:
-        raise UsageError(f"{docs} holds no documents.")
     number = lambda t: int(hashlib.sha256(t.text.encode()).hexdigest()[:8], 16) / 16**8  # noqa: E731
     held = [t for t in texts if number(t) < HELD_OUT]
     rest = sorted((t for t in texts if number(t) >= HELD_OUT), key=number)
@@ -72,7 +71,8 @@ def split(docs: Positional[str], output: Positional[str], formulaic: bool = Fals
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("held", held)):
-        write_bytes(folder / f"{name}.jsonl", "".join(dumps(asdict(t)) + "\n" for t in rows).encode())
+        lines = (dumps({"topic": t.topic, "source": t.source, "text": t.text}) + "\n" for t in rows)
+        write_bytes(folder / f"{name}.jsonl", "".join(lines).encode())
     show({"topics": len(totals), "bytes_a_topic": min(totals.values()), "train": len(train), "held": len(held)}, json)
     return 0
 
@@ -106,30 +106,19 @@ def gate(
     if target.exists():
         raise UsageError(f"{target} exists already, name another folder.")
     corpus = Corpus(data or f"data/{record.corpus}", "--data")
-    try:
-        packed = (source / "model.bin").read_bytes()
-    except OSError as error:
-        raise UsageError(f"{source}/model.bin cannot be read ({error.strerror}).") from error
+    packed = read_artifact(source)
     from golf import gate as gates
 
     shape, model = gates.gated(packed)
     corpus.check(shape.vocab_size, record.context)
     stream = np.concatenate(corpus.shards("train"))
     told = gates.train_gate(
-        model, stream, record.context, gates.GateOptions(seed, steps, 16, rate, least_gain, label, quantile)
+        model, stream, record.context, gates.GateOptions(seed, steps, rate, least_gain, label, quantile)
     )  # fmt: skip
-    scoring = Scoring(exit="gate", exit_threshold=quantile)
-    again = gates.with_gate(packed, model, scoring)
-    shutil.copytree(source, target)
-    write_bytes(target / "model.bin", again)
-    measured = folders.sizes(target)
-    config = record.config | {"scoring": asdict(scoring)}
-    config["shape"] = config.get("shape", {}) | {"exit_gate": "hazard"}
-    records.write(target, replace(
-        record, val_bpb=None, val_loss=None, eval_seconds=None, bytes_model=measured.weights, stride=0, chunk=0,
-        bytes_total=measured.total, headroom=record.cap - measured.total, content_shapes=True, adapts=False,
-        config=config, extra=record.extra | {"gate": told},
-    ))  # fmt: skip
+    again = gates.with_gate(packed, model)
+    shape = record.config.get("shape", {}) | {"exit_gate": "hazard"}
+    record = replace(record, config=record.config | {"shape": shape}, extra=record.extra | {"gate": told})
+    rescored(source, target, {"exit": "gate", "exit_threshold": quantile}, again, record)
     show({"written": output, "bytes_more": len(again) - len(packed), **told}, json)
     return 0
 
@@ -211,11 +200,9 @@ def topics(a: TopicsArguments) -> dict:
     }  # fmt: skip
 
 
-def chosen_texts(path: Path, per_topic: int) -> list[Text]:
+def chosen_texts(path: Path, per_topic: int) -> list[Document]:
     """The documents of a file, at most so many of each topic, spread over its sources as they come."""
-    texts = read_texts(path)
-    if not texts:
-        raise UsageError(f"--docs {path}: it holds no documents.")
+    texts = read_topics(path)
     if per_topic < 0:
         raise UsageError(f"--per-topic {per_topic}: give 0 or more.")
     if not per_topic:
@@ -237,7 +224,10 @@ def show_topics(found: dict) -> None:
     for run in found["runs"]:
         print(f"{run['run']}: {found['rule']} at {run['threshold']:.5g}, {run['mean_depth']:.3f} of {found['loops']} "
               f"loops a token, {run['bpb']:.4f} bpb")  # fmt: skip
-    cell = lambda v: f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"  # noqa: E731
+
+    def cell(v: dict) -> str:
+        return f"{v['mean']:.3f}" + (f" [{v['low']:.3f}, {v['high']:.3f}]" if v["low"] is not None else "")
+
     print("\n| topic | documents | tokens | loops a token | loops a byte | at equal difficulty and kind | bpb "
           "| nats that passes gain |\n" + "|---" * 8 + "|")  # fmt: skip
     for row in sorted(found["topics"], key=lambda r: -r["loops"]["mean"]):
@@ -297,10 +287,10 @@ class MapArguments:
     """Print one JSON object with every token."""
 
 
-def texts_to_draw(path: str) -> list[Text]:
+def texts_to_draw(path: str) -> list[Document]:
     """What --text names, as documents. Raises UsageError."""
     if path != "-" and Path(path).suffix in (".jsonl", ".zst", ".gz"):
-        found = read_texts(Path(path))
+        found = read_topics(Path(path))
     else:
         try:
             raw = sys.stdin.buffer.read(SHOWN_BYTES + 4) if path == "-" else Path(path).read_bytes()
@@ -309,7 +299,7 @@ def texts_to_draw(path: str) -> list[Text]:
             raise UsageError(f"--text {path}: it cannot be read ({error.strerror}).") from error
         except UnicodeDecodeError as error:
             raise UsageError(f"--text {path}: it is not UTF-8 text ({error.reason}).") from error
-        found = [Text(text, "the text" if path == "-" else Path(path).name)] if text else []
+        found = [Document(text, "the text" if path == "-" else Path(path).name)] if text else []
     if not found:
         raise UsageError(f"--text {path}: it is empty.")
     kept, left = [], SHOWN_BYTES

@@ -6,18 +6,20 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
+import sentencepiece
 import torch
 
 from golf.config import UsageError
 from golf.depth import Looped, measure, rows_of, stopped, threshold_for
 from golf.exits import Assigned, Rule
-from golf.texts import Text, Tokens
+from golf.sources import Document
+from golf.texts import Tokens
 from golf.topics import id_means
 
 SWEEP = (0.3, 0.5, 0.7, 0.9)
 
 
-def assigned(looped: Looped, texts: list[Text], tokens: Tokens, depth: np.ndarray) -> Tokens:
+def assigned(looped: Looped, texts: list[Document], tokens: Tokens, depth: np.ndarray) -> Tokens:
     """The same tokens, their depths given one by one: what the model loses then, keys and values frozen."""
     losses, at = [], 0
     for rows in rows_of(looped, texts):
@@ -57,7 +59,7 @@ def lookup_scores(tokens: Tokens, train: np.ndarray) -> np.ndarray:
     return np.where(count[number] >= 5, total[number] / np.maximum(count[number], 1), single)
 
 
-def gates(looped: Looped, texts: list[Text], tokens: Tokens, seed: int = 1) -> dict:
+def gates(looped: Looped, texts: list[Document], tokens: Tokens, seed: int = 1) -> dict:
     """Controls 1 to 4 on the half of the documents that the lookup was not made from: bits a byte under the rule, and
     under depths of the same histogram given by chance, by chance within each token's identity, by a gate that was never
     trained, and by a table of tokens; and the share of the rule's gain over chance that the table reaches."""
@@ -80,7 +82,7 @@ def gates(looped: Looped, texts: list[Text], tokens: Tokens, seed: int = 1) -> d
     return {"bits_a_byte": found, "gain_over_random": gain, "lookup_share": share}
 
 
-def untrained(looped: Looped, texts: list[Text], seed: int) -> np.ndarray:
+def untrained(looped: Looped, texts: list[Document], seed: int) -> np.ndarray:
     """What a linear gate of random weights reads in the state after the first pass, at each token."""
     weight = torch.randn(looped.model.shape.width, generator=torch.Generator().manual_seed(seed))
     parts = []
@@ -92,7 +94,7 @@ def untrained(looped: Looped, texts: list[Text], seed: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def shuffled(texts: list[Text], unit: str, seed: int = 1) -> list[Text]:
+def shuffled(texts: list[Document], unit: str, seed: int = 1) -> list[Document]:
     """Documents with their words, or sentences, in another order."""
     generator, found = np.random.default_rng(seed), []
     for text in texts:
@@ -125,7 +127,7 @@ def split_half(tokens: Tokens) -> float:
     return 2 * r / (1 + r) if r > -1 else -1.0
 
 
-def sweep(looped: Looped, texts: list[Text], rule: str) -> list[dict]:
+def sweep(looped: Looped, texts: list[Document], rule: str) -> list[dict]:
     """Topic means at shallow to deep thresholds: whether the order of topics is one threshold's accident."""
     rows = []
     for q in SWEEP:
@@ -154,8 +156,9 @@ def matched(tokens: Tokens, bins: int = 20) -> dict[str, float]:
     return found
 
 
-def retokenised(looped: Looped, texts: list[Text], rule: Rule, drop: float = 0.1) -> dict[str, float]:
+def retokenised(looped: Looped, texts: list[Document], rule: Rule, drop: float = 0.1) -> dict[str, float]:
     """Each topic's loops a byte when a tenth of the tokenizer's merges is left out by chance (BPE dropout)."""
+    sentencepiece.set_random_generator_seed(1)
     processor = looped.table.processor
     encode = lambda text: processor.encode(text, enable_sampling=True, alpha=drop, nbest_size=-1)  # noqa: E731
     tokens = measure(looped, texts, rule, encode)
@@ -165,25 +168,25 @@ def retokenised(looped: Looped, texts: list[Text], rule: Rule, drop: float = 0.1
     }  # fmt: skip
 
 
-def known_difficulty(seed: int = 1, documents: int = 40) -> list[Text]:
+def known_difficulty(seed: int = 1, documents: int = 40) -> list[Document]:
     """Documents whose difficulty is known: copying, additions modulo 7, and one to three hops along stated links."""
     generator, found = np.random.default_rng(seed), []
     names = ["Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Joe", "Kim", "Leo"]
     for _ in range(documents):
         words = [names[n] for n in generator.integers(len(names), size=8)]
-        found.append(Text(f"{' '.join(words)}. Again: {' '.join(words)}.\n" * 4, "copy"))
+        found.append(Document(f"{' '.join(words)}. Again: {' '.join(words)}.\n" * 4, "copy"))
         sums = [(int(a), int(b)) for a, b in generator.integers(0, 7, (24, 2))]
-        found.append(Text("".join(f"{a} + {b} = {(a + b) % 7} modulo 7. " for a, b in sums), "modular arithmetic"))
+        found.append(Document("".join(f"{a} + {b} = {(a + b) % 7} modulo 7. " for a, b in sums), "modular arithmetic"))
         order = generator.permutation(names)
         facts = [f"{a} follows {b}." for a, b in itertools.pairwise(order)]
         generator.shuffle(facts)
         for hops in (1, 2, 3):
             asked = [f"{hops} before {order[n]} is {order[n + hops]}." for n in generator.permutation(8)]
-            found.append(Text(" ".join(facts) + " " + " ".join(asked), f"{hops}-hop"))
+            found.append(Document(" ".join(facts) + " " + " ".join(asked), f"{hops}-hop"))
     return found
 
 
-def clamped(looped: Looped, texts: list[Text], tokens: Tokens) -> dict[str, dict]:
+def clamped(looped: Looped, texts: list[Document], tokens: Tokens) -> dict[str, dict]:
     """Nats a token of each topic when only its own tokens stop after one pass: the causal statement."""
     found = {}
     for number, topic in enumerate(tokens.topics):
@@ -206,7 +209,7 @@ def tracks_benefit(tokens: Tokens) -> float:
     return 0.0 if np.ptp(tokens.depth) == 0 else float(spearmanr(tokens.depth, gain).statistic)
 
 
-def all_of_them(looped: Looped, texts: list[Text], tokens: Tokens, name: str, rule: Rule) -> dict:
+def all_of_them(looped: Looped, texts: list[Document], tokens: Tokens, name: str, rule: Rule) -> dict:
     """The controls of one run; agreement between runs (the sixth) is the caller's, who has them all."""
     if len(texts) < 8:
         raise UsageError("--controls: give eight documents or more.")

@@ -17,7 +17,8 @@ from golf.config import UsageError, check_exits
 from golf.exits import Rule, make_rule, run_exits
 from golf.map_page import Spot
 from golf.model import RecurrentGPT
-from golf.texts import Text, Tokens
+from golf.sources import Document
+from golf.texts import Tokens
 from golf.token_classes import kinds
 
 LENGTH = 256  # tokens of a document that are looked at
@@ -77,7 +78,7 @@ class Rows:
 Encode = Callable[[str], list[int]]
 
 
-def rows_of(looped: Looped, texts: list[Text], encode: Encode | None = None) -> Iterator[Rows]:
+def rows_of(looped: Looped, texts: list[Document], encode: Encode | None = None) -> Iterator[Rows]:
     """The heads of documents, some at a time, each in a row of its own after BOS. Raises UsageError."""
     encode = encode or looped.table.encode
     length = min(LENGTH, looped.context)
@@ -113,7 +114,7 @@ def stopped(looped: Looped, rows: Rows, rule: Rule) -> tuple[np.ndarray, np.ndar
     return found.depths.numpy(), nats(looped, found.states, rows.targets)
 
 
-def measure(looped: Looped, texts: list[Text], rule: Rule, encode: Encode | None = None) -> Tokens:
+def measure(looped: Looped, texts: list[Document], rule: Rule, encode: Encode | None = None) -> Tokens:
     """All columns for the heads of documents."""
     topics, sources = (tuple(dict.fromkeys(getattr(t, part) for t in texts)) for part in ("topic", "source"))
     parts: list[dict[str, np.ndarray]] = []
@@ -172,7 +173,7 @@ def spots(looped: Looped, text: str, rule: Rule) -> list[Spot]:
     return found
 
 
-def mean_depth(looped: Looped, texts: list[Text], rule: Rule) -> float:
+def mean_depth(looped: Looped, texts: list[Document], rule: Rule) -> float:
     """Mean passes of a token."""
     total = count = 0
     for rows in rows_of(looped, texts):
@@ -187,7 +188,7 @@ RANGES = {"random": (0.0, 1.0), "margin": (0.0, 1.0), "gate": (0.0, 1.0), "entro
 DEEPER_WITH_MORE = {"margin", "gate"}  # rules that go on for longer the higher their threshold
 
 
-def threshold_for(looped: Looped, texts: list[Text], name: str, depth: float) -> float:
+def threshold_for(looped: Looped, texts: list[Document], name: str, depth: float) -> float:
     """The threshold at which a rule's mean depth is nearest to `depth` on these documents. Raises UsageError."""
     if name not in RANGES:
         raise UsageError(f"--exit {name}: give one of {', '.join(RANGES)}, or a --threshold.")

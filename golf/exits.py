@@ -186,7 +186,7 @@ def run_exits(
     to the same end."""
     shape = model.shape
     check_exits(shape)
-    (given, x), keys = model.first(tokens, dtype), prefix_keys(tokens)
+    (given, x), keys = model.prelude(tokens, dtype), prefix_keys(tokens)
     kept, running = model.nothing_kept(x), torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
     depths, computed = torch.zeros(tokens.shape, dtype=torch.int64, device=tokens.device), []
     spent = x.new_zeros(tokens.shape, dtype=torch.promote_types(dtype, torch.float32))
@@ -197,7 +197,7 @@ def run_exits(
         for bank in kept:
             bank.at, bank.moves = place, moves
         before = gathered(x, place)
-        part = model.again(before, given.at(place), passed, kept)
+        part = model.core_pass(before, given.at(place), passed, kept)
         computed.append(place.numel())
         x = x.scatter(1, place[..., None].expand_as(part), torch.where(moves[..., None], part, before))
         depths += running
@@ -217,4 +217,4 @@ def run_exits(
             break
     if shape.exit_gate == "act":
         x = mixed + torch.where(running, 1 - spent, 0.0)[..., None].to(dtype) * x
-    return Exits(model.last(x, given), depths, computed)
+    return Exits(model.coda(x, given), depths, computed)

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import numpy as np
 
-from golf.texts import Text
+from golf.sources import Document
 
 DOCUMENTS = 1200  # of each kind that is made
 WORDS = (
@@ -16,11 +16,11 @@ WORDS = (
 )  # fmt: skip
 
 
-def formulaic(seed: int = 1) -> list[Text]:
+def formulaic(seed: int = 1) -> list[Document]:
     """Documents of topic `formulaic`, the same for one seed and one set of installed packages."""
     generator = np.random.default_rng(seed)
     made = [*licences(), *tables(generator), *lists(generator)]
-    return [Text(text, "formulaic", source) for source, text in made]
+    return [Document(text, "formulaic", source=source) for source, text in made]
 
 
 def licences() -> Iterator[tuple[str, str]]:

@@ -14,32 +14,26 @@ import torch
 from torch import Tensor
 
 from golf.codec import decode_grids, encode, read_header
-from golf.config import Scoring, UsageError, check_exits
+from golf.config import UsageError, check_exits
 from golf.exits import Gate
 from golf.grid import fine_grid
 from golf.halting import SLACK, gate_loss, uniform_biases
 from golf.model import RecurrentGPT
 from golf.shape import Shape
 
+ROWS = 16  # of text that a step learns from
+
 
 @dataclass(frozen=True)
 class GateOptions:
-    """How the gate is trained."""
+    """How a gate is trained, as `depth_map.py gate` explains it."""
 
-    seed: int = 1
-    """Seed of the order in which text is read."""
-    steps: int = 200
-    """Updates; half of them are made before losses are measured under the gate's own stops."""
-    rows: int = 16
-    """Rows of text a step."""
-    rate: float = 0.03
-    """Adam's learning rate, falling to zero."""
-    least_gain: float = 0.005
-    """Nats that the next pass must gain to be worth it."""
-    label: str = "next"
-    """next: a gate after a pass learns what the next pass gains; last: what that pass gained, as the paper prints."""
-    quantile: float = 0.5
-    """The gate's own stops in the second half: where its exits have summed to this."""
+    seed: int
+    steps: int
+    rate: float
+    least_gain: float  # nats
+    label: str  # next or last
+    quantile: float
 
 
 def gated(data: bytes) -> tuple[Shape, RecurrentGPT]:
@@ -65,17 +59,17 @@ def losses_at_stops(model: RecurrentGPT, tokens: Tensor, targets: Tensor, quanti
     says: of a token that stopped, the passes after it are what it would have made of them alone, its own key unchanged.
     """
     shape = model.shape
-    given, x = model.first(tokens, torch.float32)
+    given, x = model.prelude(tokens, torch.float32)
     kept, rule = model.nothing_kept(x), Gate(quantile)
     running, spent = torch.ones_like(tokens, dtype=torch.bool), torch.zeros(tokens.shape)
     frozen, states, losses = x, [], []
     for passed in range(1, shape.loops + 1):
         for bank in kept:
             bank.moves = running
-        x = model.again(x, given, passed, kept)  # of everyone; only who runs is seen by others
+        x = model.core_pass(x, given, passed, kept)  # of everyone; only who runs is seen by others
         frozen = torch.where(running[..., None], x, frozen)
         states.append(x)
-        whole, alone = (model.head_losses(model.last(s, given), targets)[1] for s in (frozen, x))
+        whole, alone = (model.head_losses(model.coda(s, given), targets)[1] for s in (frozen, x))
         losses.append(torch.where(running, whole, alone))
         if passed < shape.loops:
             spent = spent + (1 - spent) * torch.sigmoid(model.gate(x, passed))
@@ -94,15 +88,15 @@ def train_gate(model: RecurrentGPT, stream: np.ndarray, length: int, options: Ga
     """Train the gate of a model on a stream of tokens, rows of `length`; the rest stays frozen. Returns what it lost at
     the beginning and the end, nats. Raises UsageError for too little text."""
     rows = (stream.size - 1) // length
-    if rows < options.rows:
-        raise UsageError(f"--data: it has {rows} rows of {length} tokens, give text of {options.rows} or more.")
+    if rows < ROWS:
+        raise UsageError(f"--data: it has {rows} rows of {length} tokens, give text of {ROWS} or more.")
     generator = np.random.default_rng(options.seed)
     model.exit_weight.requires_grad_()
     model.exit_bias.requires_grad_()
     optimizer = torch.optim.Adam([model.exit_weight, model.exit_bias], lr=options.rate)
     seen = []
     for step in range(options.steps):
-        picked = generator.choice(rows, options.rows, replace=False)
+        picked = generator.choice(rows, ROWS, replace=False)
         cut = np.stack([stream[r * length : (r + 1) * length + 1] for r in picked]).astype(np.int64)
         tokens, targets = torch.from_numpy(cut[:, :-1].copy()), torch.from_numpy(cut[:, 1:].copy())
         if step < options.steps // 2:
@@ -125,11 +119,10 @@ def train_gate(model: RecurrentGPT, stream: np.ndarray, length: int, options: Ga
             **asdict(options)}  # fmt: skip
 
 
-def with_gate(data: bytes, model: RecurrentGPT, scoring: Scoring) -> bytes:
-    """The same artifact with the model's gate in it, asked as `scoring` says; every other weight stays as stored."""
+def with_gate(data: bytes, model: RecurrentGPT) -> bytes:
+    """The same artifact with the model's gate in it; every other weight stays as it was stored."""
     grids = decode_grids(data)[1]
-    note = read_header(data)[1] | {"scoring": asdict(scoring)}
     for name in ("exit_weight", "exit_bias"):
         weight = model.get_parameter(name).detach().double().numpy()
         grids[name] = fine_grid(weight.reshape(-1, weight.shape[-1]))
-    return encode(model.shape, grids, note)
+    return encode(model.shape, grids, read_header(data)[1])

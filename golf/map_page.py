@@ -117,8 +117,8 @@ def page(title: str, about: str, loops: int, documents: list[Shown], charts: lis
         f'<span><i style="background:{color(d, loops)}"></i> {d} loop{"s" if d > 1 else ""}</span>'
         for d in range(1, loops + 1)
     )
-    parts = [
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">",
+    head = [
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title><style>{STYLE}{''.join(rules)}</style></head>",
         f'<body class="at"><h1>{html.escape(title)}</h1><p class="faint">{html.escape(about)}</p>',
@@ -128,6 +128,7 @@ def page(title: str, about: str, loops: int, documents: list[Shown], charts: lis
         f'<div class="legend">{legend}</div>',
         '<div id="panel" role="status">Point at a token, or move with Tab and the arrow keys.</div>',
     ]
+    parts = ["\n".join(head)]
     first = True
     for document in documents:
         parts.append(f'<h2>{html.escape(document.title)}</h2><div class="text">')
@@ -137,7 +138,7 @@ def page(title: str, about: str, loops: int, documents: list[Shown], charts: lis
         parts.append("</div>")
     parts += [f"<h2>{html.escape(heading)}</h2>{svg}" for heading, svg in charts]
     parts.append(f"<script>{SCRIPT}</script></body></html>\n")
-    return "\n".join(parts[:9]) + "".join(parts[9:])
+    return "".join(parts)
 
 
 def span(spot: Spot, first: bool) -> str:

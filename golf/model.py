@@ -191,7 +191,7 @@ class RecurrentGPT(nn.Module):
 
     # -- of shapes whose tokens may stop (config.check_exits) --
 
-    def first(self, tokens: Tensor, dtype: torch.dtype, isolate: bool = False) -> tuple[Given, Tensor]:
+    def prelude(self, tokens: Tensor, dtype: torch.dtype, isolate: bool = False) -> tuple[Given, Tensor]:
         """tokens (B, T) -> what layers read, and the states (B, T, D) that the first pass begins with."""
         given = self.enter(tokens, dtype, isolate)
         x = given.start
@@ -199,7 +199,7 @@ class RecurrentGPT(nn.Module):
             x = self.layer(x, given, block, row)
         return given, x
 
-    def again(self, x: Tensor, given: Given, passed: int, kept: list[Kept] | None = None) -> Tensor:
+    def core_pass(self, x: Tensor, given: Given, passed: int, kept: list[Kept] | None = None) -> Tensor:
         """States x (B, N, D) after pass `passed`, 1 for the first; where only some positions change their blocks' keys
         and values are `kept`."""
         shape = self.shape
@@ -210,7 +210,7 @@ class RecurrentGPT(nn.Module):
             )  # fmt: skip
         return x
 
-    def last(self, x: Tensor, given: Given) -> Tensor:
+    def coda(self, x: Tensor, given: Given) -> Tensor:
         """States x (B, T, D) of the last passes -> normalised final states."""
         shape = self.shape
         for block, row in shape.layers()[len(shape.layers()) - shape.coda :]:
@@ -235,18 +235,18 @@ class RecurrentGPT(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """tokens (B, T) -> (R, B, T, D): the states after each pass, and the normalised final states that stopping
         there leads to; the last are those of hidden()."""
-        given, x = self.first(tokens, dtype, isolate)
+        given, x = self.prelude(tokens, dtype, isolate)
         found = []
         for passed in range(1, (loops or self.shape.loops) + 1):
-            x = self.again(x, given, passed)
+            x = self.core_pass(x, given, passed)
             found.append(x)
-        states = self.last(torch.cat(found), given.repeated(len(found)))
+        states = self.coda(torch.cat(found), given.repeated(len(found)))
         return torch.stack(found), states.unflatten(0, (len(found), -1))
 
     def pondered(self, tokens: Tensor, dtype: torch.dtype = torch.float32, loops: int | None = None) -> Pondered:
         """tokens (B, T) -> the passes' states mixed as adaptive computation time says (halting.act); a token that
         stopped keeps its state, keys and values."""
-        given, x = self.first(tokens, dtype)
+        given, x = self.prelude(tokens, dtype)
         kept, loops = self.nothing_kept(x), loops or self.shape.loops
         running = torch.ones(tokens.shape, dtype=torch.bool, device=x.device)
         mixed, spent = torch.zeros_like(x), torch.zeros(tokens.shape, device=x.device)
@@ -254,7 +254,7 @@ class RecurrentGPT(nn.Module):
         for passed in range(1, loops + 1):
             for bank in kept:
                 bank.moves = running
-            x = torch.where(running[..., None], self.again(x, given, passed, kept), x)
+            x = torch.where(running[..., None], self.core_pass(x, given, passed, kept), x)
             passes = passes + running
             if passed == loops:
                 break
@@ -264,7 +264,7 @@ class RecurrentGPT(nn.Module):
             mixed = mixed + weight[..., None].to(dtype) * x
             spent, running = spent + torch.where(ends, 0.0, weight), running & ~ends
         left = torch.where(running, 1 - spent, 0.0)
-        return Pondered(self.last(mixed + left[..., None].to(dtype) * x, given), passes, 1 - spent)
+        return Pondered(self.coda(mixed + left[..., None].to(dtype) * x, given), passes, 1 - spent)
 
     def enter(self, tokens: Tensor, dtype: torch.dtype, isolate: bool = False) -> Given:
         """What the layers read of tokens (B, T)."""
@@ -354,7 +354,9 @@ class RecurrentGPT(nn.Module):
         """Final states (..., D), targets (...) -> mean nats a target, times its share where those are given, and the
         nats of each without gradients."""
         if self.tap:  # which wants to see the logits
-            return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten()), torch.zeros(())
+            logits = self.head(x).flatten(0, -2)
+            losses = F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+            return (losses if shares is None else losses * shares).mean(), losses.detach()
         return capped_cross_entropy(x, self.embedding, targets, self.shape.softcap, self.loss_part, shares)
 
     def forward(

@@ -12,11 +12,20 @@ from golf.config import Scoring, UsageError, check_scoring, fields_from_dict
 from golf.files import write_bytes
 
 
-def rescored(source: Path, target: Path, changes: dict) -> records.Record:
-    """Copy a run folder to `target` with these fields of its Scoring changed, in artifact and record; what was judged
-    before is left out. Raises UsageError."""
-    record = records.read(source)
-    data = (source / "model.bin").read_bytes() if (source / "model.bin").is_file() else b""
+def read_artifact(folder: Path) -> bytes:
+    """The artifact of a run folder. Raises UsageError."""
+    try:
+        return (folder / "model.bin").read_bytes()
+    except OSError as error:
+        raise UsageError(f"{folder}/model.bin cannot be read ({error.strerror}).") from error
+
+
+def rescored(
+    source: Path, target: Path, changes: dict, data: bytes = b"", record: records.Record | None = None
+) -> records.Record:  # fmt: skip
+    """Copy a run folder to `target` with these fields of its Scoring changed, in artifact and record, whose own are
+    given where they differ from the folder's; what was judged before is left out. Raises UsageError."""
+    record, data = record or records.read(source), data or read_artifact(source)
     shape, note = read_header(data)[:2]
     scoring = replace(fields_from_dict(Scoring, note.get("scoring", {}), "artifact's scoring"), **changes)
     check_scoring(scoring, record.context, shape)

@@ -35,6 +35,8 @@ class Document:
     key: str = ""
     times: float = 1.0
     """How often it stands in the training text."""
+    source: str = ""
+    """Where a document of a file of several sources comes from."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,7 @@ def read_text(path: Path, stream: io.TextIOBase) -> Iterator[Document]:
 
 
 def read_lines(path: Path, stream: io.TextIOBase) -> Iterator[Document]:
-    """A JSON object a line, its document under "text", its topic under "topic" where there is one."""
+    """A JSON object a line, its document under "text", "topic" and "source" where there are any."""
     number = 0
     while line := stream.readline(LINE_LIMIT):
         number += 1
@@ -291,8 +293,8 @@ def read_lines(path: Path, stream: io.TextIOBase) -> Iterator[Document]:
             text.encode()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f'{path} line {number} is not a JSON object with a "text" string ({error!r}).') from error
-        topic = row.get("topic", "")
-        yield Document(text, topic if isinstance(topic, str) else "")
+        topic, source = (v if isinstance(v := row.get(key), str) else "" for key in ("topic", "source"))
+        yield Document(text, topic, source=source)
 
 
 # -- Hugging Face ----------------------------------------------------------------------------------------------

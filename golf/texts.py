@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from golf.config import UsageError
-from golf.sources import open_text
+from golf.sources import Document, read_file
 
 
-@dataclass(frozen=True)
-class Text:
-    """A document with its topic and where it comes from."""
-
-    text: str
-    topic: str
-    source: str = ""
-
-
-def read_texts(path: Path) -> list[Text]:
-    """Documents of a file of JSON lines {topic, text, source}. Raises UsageError with the line that is wrong."""
-    found, number = [], 0
-    try:
-        with open_text(path) as stream:
-            for line in stream:
-                number += 1
-                if line.strip():
-                    row = json.loads(line)
-                    if not (isinstance(row.get("text"), str) and isinstance(row.get("topic"), str) and row["text"]):
-                        raise ValueError("no text or no topic")
-                    row["text"].encode()
-                    found.append(Text(row["text"], row["topic"], str(row.get("source", ""))))
-    except OSError as error:
-        raise UsageError(f"--docs {path}: it cannot be read ({error.strerror}).") from error
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UsageError(f'--docs {path} line {number}: give an object with "topic" and "text" ({error}).') from error
+def read_topics(path: Path) -> list[Document]:
+    """Documents of a file of JSON lines {topic, text, source}. Raises UsageError for a line that is none, and for a
+    document without a topic or text."""
+    found = list(read_file(path))
+    for number, document in enumerate(found, 1):
+        if not (document.text and document.topic):
+            raise UsageError(f"{path}: document {number} has no {'topic' if document.text else 'text'}.")
+    if not found:
+        raise UsageError(f"{path} holds no documents.")
     return found
 
 

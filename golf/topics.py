@@ -30,11 +30,15 @@ class Interval:
     draws: np.ndarray
 
     def row(self) -> dict:
-        return {"mean": round(self.mean, 4), "low": round(self.low, 4), "high": round(self.high, 4)}
+        """For JSON; an interval of too few documents is none."""
+        low, high = (None if np.isnan(v) else round(v, 4) for v in (self.low, self.high))
+        return {"mean": round(self.mean, 4), "low": low, "high": high}
 
 
 def interval(mean: float, draws: np.ndarray) -> Interval:
-    low, high = np.quantile(draws, (0.025, 0.975))
+    """An estimate with its draws; no interval where more than a twentieth of them drew nothing that it is made of."""
+    known = draws[np.isfinite(draws)]
+    low, high = np.quantile(known, (0.025, 0.975)) if known.size >= 0.95 * draws.size else (np.nan, np.nan)
     return Interval(float(mean), float(low), float(high), draws)
 
 
@@ -71,7 +75,8 @@ class Resampling:
     def ratio(self, over: np.ndarray, under: np.ndarray) -> Interval:
         """The mean over runs of the ratio of two sums (runs, documents), with its interval."""
         whole = float((over.sum(axis=1) / np.maximum(under.sum(axis=1), 1e-12)).mean())
-        drawn = (self.documents @ over.T) / np.maximum(self.documents @ under.T, 1e-12)
+        count = self.documents @ under.T
+        drawn = (self.documents @ over.T) / np.where(count > 0, count, np.nan)
         return interval(whole, (drawn * self.runs).sum(axis=1))
 
 

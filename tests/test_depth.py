@@ -15,7 +15,8 @@ import torch
 from golf import controls, depth, gate, map_page, topics
 from golf.config import Scoring, UsageError
 from golf.exits import Entropy, FixedDepth
-from golf.texts import Text, Tokens, read_texts
+from golf.sources import Document
+from golf.texts import Tokens, read_topics
 from golf.token_classes import CLASSES, kinds
 from tests.conftest import TINY, run
 
@@ -32,9 +33,9 @@ def looped_run(corpus, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def texts(library_texts) -> list[Text]:
+def texts(library_texts) -> list[Document]:
     """Forty heads of library documents of two topics."""
-    kept = [Text(d.text[:400], d.topic, "library") for d in library_texts]
+    kept = [Document(d.text[:400], d.topic, source="library") for d in library_texts]
     return [*[t for t in kept if t.topic == "code"][:20], *[t for t in kept if t.topic == "prose"][:20]]
 
 
@@ -260,7 +261,7 @@ def test_a_page_escapes_everything(looped_run, tmp_path):
     (("topics", "RUN", "--docs", "DOCS", "--agreement"), "two runs or more"),
     (("topics", "RUN", "--docs", "DOCS", "--threshold", "3.0"), "has 5 documents, give 20 or more"),
     (("topics", "RUN", "--docs", "nowhere.jsonl"), "cannot be read"),
-    (("topics", "RUN", "--docs", "BAD"), 'line 1: give an object with "topic" and "text"'),
+    (("topics", "RUN", "--docs", "BAD"), 'document 1 has no topic'),
     (("map", "RUN", "--text", "nowhere.txt"), "cannot be read"),
     (("map", "RUN", "--text", "EMPTY"), "it is empty"),
     (("map", "RUN", "--text", "DOCS", "--exit", "gate"), "has no gate"),
@@ -280,7 +281,7 @@ def test_a_model_without_repeats_is_refused_and_a_file_of_surrogates(tmp_path, l
     path = tmp_path / "bad.jsonl"
     path.write_text('{"topic": "a", "text": "\\ud800"}\n')
     with pytest.raises(UsageError, match="line 1"):
-        read_texts(path)
+        read_topics(path)
     done = run("eval_bpb.py", looped_run, "--exit", "gat", "--threshold", 1)
     assert done.returncode == 2 and "give one of fixed" in done.stderr
 
@@ -292,7 +293,7 @@ def test_topics_are_cut_to_equal_bytes_and_held_out_apart(tmp_path):
     docs.write_text("".join(json.dumps(r) + "\n" for r in rows))
     done = run("depth_map.py", "split", docs, tmp_path / "out", "--json")
     told = json.loads(done.stdout)
-    train, held = (read_texts(tmp_path / "out" / f"{n}.jsonl") for n in ("train", "held"))
+    train, held = (read_topics(tmp_path / "out" / f"{n}.jsonl") for n in ("train", "held"))
     sizes = {t: sum(len(x.text.encode()) for x in train if x.topic == t) for t in ("long", "short")}
     assert sizes["long"] == sizes["short"] == told["bytes_a_topic"] and held
     assert not {x.text for x in train} & {x.text for x in held}

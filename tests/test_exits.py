@@ -108,14 +108,14 @@ def test_keys_and_values_of_a_token_that_stopped_stay_bit_for_bit(monkeypatch):
     """Defect 3: elsewhere states and keys go on changing after the stop, and only the output is frozen."""
     model, tokens = model_of(), tokens_of()
     seen: list[tuple] = []
-    plain = RecurrentGPT.again
+    plain = RecurrentGPT.core_pass
 
     def watched(model, x, given, passed, kept=None):
         out = plain(model, x, given, passed, kept)
         seen.append([(bank.keys.clone(), bank.values.clone()) for bank in kept])
         return out
 
-    monkeypatch.setattr(RecurrentGPT, "again", watched)
+    monkeypatch.setattr(RecurrentGPT, "core_pass", watched)
     for gather in (False, True):
         seen.clear()
         depths = run_exits(model, tokens, exits.RandomDepth(0.4), torch.float64, gather).depths

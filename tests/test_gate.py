@@ -117,19 +117,19 @@ def test_act_is_what_its_definition_says_of_states_that_froze(bias):
         model.exit_bias.fill_(bias)
         model.exit_weight.mul_(0.3)
     found = model.pondered(tokens, torch.float64)
-    given, x = model.first(tokens, torch.float64)
+    given, x = model.prelude(tokens, torch.float64)
     running, kept = torch.ones(2, 24, dtype=torch.bool), model.nothing_kept(x)
     states, stops = [], []
     for passed in range(1, LOOPS + 1):
         for bank in kept:
             bank.moves = running
-        x = torch.where(running[..., None], model.again(x, given, passed, kept), x)
+        x = torch.where(running[..., None], model.core_pass(x, given, passed, kept), x)
         states.append(x)
         stops.append(torch.sigmoid(model.gate(x, passed)) if passed < LOOPS else torch.ones(2, 24))
         weights, passes, _ = halting.act(torch.stack(stops))
         running = running & (torch.stack(stops).sum(0) < 1 - halting.EPSILON)
     mixed = (weights[..., None] * torch.stack(states)).sum(0)
-    torch.testing.assert_close(found.states, model.last(mixed, given))
+    torch.testing.assert_close(found.states, model.coda(mixed, given))
     assert torch.equal(found.passes, passes.long())
     torch.testing.assert_close(weights.sum(0), torch.ones(2, 24, dtype=torch.float64))
 
