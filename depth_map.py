@@ -188,8 +188,8 @@ def topics(a: TopicsArguments) -> dict:
     mean_share = {name: float(np.mean([e[name] for e in explained])) for name in explained[0]}
     agree = study.agreement(runs) if len(runs) > 1 else None
     checked = controls.all_of_them(models[0], texts, runs[0], a.exit, rules[0]) if a.controls else None
-    share = checked["1-4 gates"]["lookup_share"] if checked else None
-    word, said = study.verdict(share, mean_share["topic_adds"], agree["tokens"] if agree else None)
+    gates = checked["1-4 gates"] if checked else None
+    word, said = study.verdict(gates, mean_share["topic_adds"], agree["tokens"] if agree else None)
     return {
         "rule": a.exit, "loops": models[0].loops, "runs": found, "topics": plain(rows),
         "adjusted": {n: e.row() for n, e in zip(runs[0].topics, equal, strict=True)},

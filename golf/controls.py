@@ -62,7 +62,7 @@ def lookup_scores(tokens: Tokens, train: np.ndarray) -> np.ndarray:
 def gates(looped: Looped, texts: list[Document], tokens: Tokens, seed: int = 1) -> dict:
     """Controls 1 to 4 on the half of the documents that the lookup was not made from: bits a byte under the rule, and
     under depths of the same histogram given by chance, by chance within each token's identity, by a gate that was never
-    trained, and by a table of tokens; and the share of the rule's gain over chance that the table reaches."""
+    trained, and by a table of tokens; and the share of the rule's gain over chance, if any, that the table reaches."""
     generator = np.random.default_rng(seed)
     train = tokens.document % 2 == 0
     kept = np.flatnonzero(np.arange(len(texts)) % 2 == 1)
@@ -78,8 +78,8 @@ def gates(looped: Looped, texts: list[Document], tokens: Tokens, seed: int = 1) 
     found = {"rule": mine.bits_a_byte}
     found |= {name: assigned(looped, half, mine, depth).bits_a_byte for name, depth in by_hand.items()}
     gain = found["random"] - found["rule"]
-    share = (found["random"] - found["token lookup"]) / gain if gain > 0 else 1.0
-    return {"bits_a_byte": found, "gain_over_random": gain, "lookup_share": share}
+    lookup = (found["random"] - found["token lookup"]) / gain if gain > 0 else None
+    return {"bits_a_byte": found, "gain_over_random": gain, "lookup_share": lookup}
 
 
 def untrained(looped: Looped, texts: list[Document], seed: int) -> np.ndarray:

@@ -285,15 +285,20 @@ def correlation(measure, a: np.ndarray, b: np.ndarray) -> float:
 LOOKUP_SHARE, TOPIC_SHARE, LEAST_AGREEMENT = 0.9, 0.01, 0.5
 
 
-def verdict(lookup_share: float | None, topic_adds: float, agreement: float | None) -> tuple[str, list[str]]:
-    """positive, negative, or undecided where a part was not measured; and a sentence for each of the three."""
+def verdict(gates: dict | None, topic_adds: float, agreement: float | None) -> tuple[str, list[str]]:
+    """positive, negative, or undecided where a part was not measured; and a sentence for each of the three. `gates` is
+    what controls.gates() found."""
     said, failed = [], False
-    if lookup_share is None:
+    if gates is None:
         said.append("The token lookup was not measured (--controls).")
+    elif gates["gain_over_random"] <= 0:
+        failed = True
+        said.append("The rule gains nothing over random depths of the same histogram: fails.")
     else:
-        bad = lookup_share >= LOOKUP_SHARE
+        share = gates["lookup_share"]
+        bad = share >= LOOKUP_SHARE
         failed |= bad
-        said.append(f"A table of token identities reaches {lookup_share:.0%} of the rule's gain over random depths "
+        said.append(f"A table of token identities reaches {share:.0%} of the rule's gain over random depths "
                     f"(negative from {LOOKUP_SHARE:.0%} on): {'fails' if bad else 'holds'}.")  # fmt: skip
     bad = topic_adds < TOPIC_SHARE
     failed |= bad
@@ -306,5 +311,5 @@ def verdict(lookup_share: float | None, topic_adds: float, agreement: float | No
         failed |= bad
         said.append(f"Runs agree on a token's depth with a rank correlation of {agreement:.2f} "
                     f"(negative below {LEAST_AGREEMENT}): {'fails' if bad else 'holds'}.")  # fmt: skip
-    unknown = lookup_share is None or agreement is None
+    unknown = gates is None or agreement is None
     return ("negative" if failed else "undecided" if unknown else "positive"), said

@@ -138,12 +138,14 @@ def test_the_study_calls_itself_negative_where_tokens_explain_everything():
     tokens = made(4)
     found = topics.shares(tokens)
     assert found["token"] > 0.8 and abs(found["topic_adds"]) < 0.01
-    assert topics.verdict(0.5, found["topic_adds"], 0.9)[0] == "negative"
+    half, most, none = ({"gain_over_random": g, "lookup_share": s} for g, s in ((0.1, 0.5), (0.1, 0.95), (-0.1, None)))
+    assert topics.verdict(half, found["topic_adds"], 0.9)[0] == "negative"
     topical = topics.shares(made(5, topic_effect=0.5))
     assert topical["topic_adds"] > 0.05
-    assert topics.verdict(0.5, topical["topic_adds"], 0.9)[0] == "positive"
-    assert topics.verdict(0.95, 0.1, 0.9)[0] == topics.verdict(0.5, 0.1, 0.4)[0] == "negative"
-    assert topics.verdict(None, 0.1, 0.9)[0] == topics.verdict(0.5, 0.1, None)[0] == "undecided"
+    assert topics.verdict(half, topical["topic_adds"], 0.9)[0] == "positive"
+    assert topics.verdict(most, 0.1, 0.9)[0] == topics.verdict(half, 0.1, 0.4)[0] == "negative"
+    assert topics.verdict(none, 0.1, 0.9)[0] == "negative"
+    assert topics.verdict(None, 0.1, 0.9)[0] == topics.verdict(half, 0.1, None)[0] == "undecided"
 
 
 def test_runs_agree_with_themselves_and_not_with_chance():
