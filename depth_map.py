@@ -2,6 +2,7 @@
 
     python depth_map.py split DOCS.jsonl OUT [--formulaic]      training and held-out documents, equal bytes a topic
     python depth_map.py gate RUN OUT --data DIR [--seed N]      train a gate for a packed looped model
+    python depth_map.py frontier RUN... --data DIR [--exit RULES] [--png FILE] [--json]
     python depth_map.py topics RUN... --docs FILE.jsonl [--exit RULE] [--controls] [--json]
     python depth_map.py map RUN --text FILE|- [--output PAGE.html] [--png FILE] [--json]
 """
@@ -121,6 +122,61 @@ def gate(
     rescored(source, target, {"exit": "gate", "exit_threshold": quantile}, again, record)
     show({"written": output, "bytes_more": len(again) - len(packed), **told}, json)
     return 0
+
+
+# == the frontier ==================================================================================================
+
+
+@dataclass(frozen=True)
+class FrontierArguments:
+    """Bits per byte against loops a token, counted FLOPs and seconds, for rules by which tokens stop."""
+
+    folders: Positional[tuple[str, ...]]
+    """Run folders of looped models; a model with a gate of its own adds the gate's points."""
+    data: str = ""
+    """Prepared text, whose validation split is scored; data/CORPUS of the first record when empty."""
+    exit: tuple[Literal["entropy", "margin", "divergence", "difference", "random", "fixed", "gate"], ...] = (
+        "entropy", "margin", "divergence", "difference", "random", "fixed",
+    )  # fmt: skip
+    """Rules."""
+    points: int = 3
+    """Thresholds of each rule, spread between one pass and all."""
+    rows: int = 64
+    """Rows of text."""
+    repeats: int = 1
+    """Times that each batch is timed; the least counts."""
+    png: str = ""
+    """Picture to write."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def frontier(a: FrontierArguments) -> dict:
+    """All points of every run. Raises UsageError."""
+    from golf import depth
+    from golf import frontier as curves
+
+    if not a.folders:
+        raise UsageError("frontier: name a run folder.")
+    for name in ("points", "rows", "repeats"):
+        if not 1 <= getattr(a, name) <= 100_000:
+            raise UsageError(f"--{name} {getattr(a, name)}: give 1 to 100,000.")
+    corpus = Corpus(a.data or f"data/{records.read(Path(a.folders[0])).corpus}", "--data")
+    found: dict[str, list] = {}
+    for looped in [depth.load(Path(folder)) for folder in a.folders]:
+        gate = looped.model.shape.exit_gate
+        rules = ["gate"] if gate == "act" else [*a.exit, *(["gate"] if gate != "none" and "gate" not in a.exit else [])]
+        given = curves.batches(looped, corpus, a.rows)
+        chosen = curves.spread(looped, given, list(rules), a.points)
+        found[looped.name] = curves.measure(looped, given, chosen, a.repeats)
+    if a.png:
+        lines = {}
+        for run, points in found.items():
+            for name in dict.fromkeys(p.rule for p in points[1:]):
+                label = name if len(found) == 1 else f"{name}, {run}"
+                lines[label] = [*(p for p in points if p.rule == name), points[0]]
+        curves.draw(Path(a.png), lines)
+    return {run: [asdict(p) for p in points] for run, points in found.items()}
 
 
 # == by topic ======================================================================================================
@@ -366,7 +422,19 @@ def main() -> int:
         else:
             print(f"written: {found['written']}, {found['mean_depth']:.2f} loops a token")
         return 0
-    commands = {"split": split, "gate": gate, "topics": TopicsArguments, "map": MapArguments}
+    if words[:1] == ["frontier"]:
+        from golf.frontier import Point, table
+
+        asked = parse(tyro.cli, FrontierArguments, prog="depth_map.py frontier", args=words[1:])
+        found = frontier(asked)
+        for run, points in found.items() if not asked.json else ():
+            print(f"{run}:\n{table([Point(**p) for p in points])}\n")
+        if asked.json:
+            print(dumps(found))
+        return 0
+    commands = {
+        "split": split, "gate": gate, "frontier": FrontierArguments, "topics": TopicsArguments, "map": MapArguments,
+    }  # fmt: skip
     return parse(tyro.extras.subcommand_cli_from_dict, commands, prog="depth_map.py")
 
 

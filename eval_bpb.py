@@ -3,7 +3,6 @@
     python eval_bpb.py FOLDER [--data DIR] [--official] [--json] [--retrain]
     python eval_bpb.py FOLDER --exit RULE --threshold X
     python eval_bpb.py prove FOLDER [--documents N] [--tokens T]
-    python eval_bpb.py sample FOLDER --prompt TEXT
     python eval_bpb.py lint FOLDER...
 
 The scorer runs in a process that is given only the counted files and the tokenizer. The loop, the tokens, the byte
@@ -30,7 +29,7 @@ import numpy as np
 import tyro
 
 from golf import evidence, prove, records, submission, validation
-from golf.bpb import ByteTable, Score
+from golf.bpb import Score
 from golf.config import TRACKS, UsageError
 from golf.console import parse, run_script
 from golf.contender import Contender, Invalid, Limits
@@ -237,52 +236,6 @@ class DecodeArguments:
     tokenizer: str = ""
 
 
-@dataclass(frozen=True)
-class SampleArguments:
-    """Let a packed model write."""
-
-    folder: tyro.conf.Positional[str]
-    """A run folder."""
-    prompt: str = ""
-    """Text to continue."""
-    tokens: int = 100
-    """Tokens to write."""
-    temperature: float = 0.8
-    """0 takes the likeliest token."""
-    seed: int = 1
-
-
-def sample(arguments: SampleArguments) -> str:
-    """The prompt and its continuation. Raises Invalid and UsageError."""
-    folder = Path(arguments.folder)
-    for name in ("tokens", "temperature", "seed"):
-        value = getattr(arguments, name)
-        if not 0 <= value < float("inf"):
-            raise UsageError(f"--{name} {value}: give 0 or more.")
-    entry = submission.read(folder)
-    table = ByteTable(folder / "tokenizer.model")
-    generator = np.random.default_rng(arguments.seed)
-    row = [table.bos, *table.encode(arguments.prompt)]
-    asked = table.decode(row)
-    limits = Limits(entry.limits.eval_seconds)
-    with Contender(folder, (folder / "tokenizer.model").read_bytes(), limits) as scorer:
-        if scorer.vocab != table.vocab_size:
-            raise Invalid(f"the scorer's vocabulary is {scorer.vocab}, the tokenizer's {table.vocab_size}")
-        for _ in range(arguments.tokens):
-            given = scorer.logprobs(np.array([row[-entry.context :]], dtype=np.int64))[0, -1].astype(np.float64)
-            if not np.isfinite(given).any() or np.isnan(given).any():
-                raise Invalid("the scorer gave log-probabilities that are not numbers")
-            if arguments.temperature == 0:
-                token = int(given.argmax())
-            else:
-                weight = np.exp((given - given.max()) / arguments.temperature)
-                token = int(generator.choice(weight.size, p=weight / weight.sum()))
-            if token == table.bos:
-                break
-            row.append(token)
-    return arguments.prompt + table.decode(row)[len(asked) :].decode(errors="replace")
-
-
 def decode(arguments: DecodeArguments) -> str:
     """The sha256 of a proof's tokens, decoded by a scorer that has seen nothing else."""
     folder = Path(arguments.folder)
@@ -315,9 +268,6 @@ def show(verdict: dict) -> None:
 
 def main() -> int:
     words = sys.argv[1:]
-    if words[:1] == ["sample"]:
-        print(sample(parse(tyro.cli, SampleArguments, prog="eval_bpb.py sample", args=words[1:])))
-        return 0
     if words[:1] == ["decode"]:
         print(decode(parse(tyro.cli, DecodeArguments, prog="eval_bpb.py decode", args=words[1:])))
         return 0

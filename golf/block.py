@@ -208,7 +208,7 @@ class Block(nn.Module):
             x = x + attn_scale.to(x.dtype) * found
             return x + mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(x, width) * depth_scale)
         normal = F.rms_norm(mix[0] * x + mix[1] * x0, width) * depth_scale
-        found = attn_scale.to(x.dtype) * self.attend(normal, gain, cos, sin, seen, attn_gate, own)
+        found = attn_scale.to(x.dtype) * self.attend(normal, gain, cos, sin, seen, attn_gate, own, kept)
         thought = mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(lane, width) * depth_scale)
         a, b = lane_mix.to(x.dtype)
         return a[0] * x + a[1] * found + a[2] * thought, b[0] * lane + b[1] * found + b[2] * thought

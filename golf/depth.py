@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from golf.bpb import ByteTable
-from golf.codec import load_artifact
 from golf.config import UsageError, check_exits
 from golf.exits import Rule, make_rule, run_exits
 from golf.map_page import Spot
 from golf.model import RecurrentGPT
+from golf.scoring import packed_model
 from golf.sources import Document
 from golf.texts import Tokens
 from golf.token_classes import kinds
@@ -48,16 +48,12 @@ def load(folder: Path) -> Looped:
     from golf import records
 
     record = records.read(folder)
-    shape, weights = load_artifact(folder / "model.bin")
+    model = packed_model(folder / "model.bin")
     try:
-        check_exits(shape)
+        check_exits(model.shape)
     except UsageError as error:
         raise UsageError(f"{folder}: {error}") from error
-    model = RecurrentGPT(shape)
-    model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
-    return Looped(
-        model.eval().requires_grad_(False), ByteTable(folder / "tokenizer.model"), max(record.context, 2), folder.name
-    )  # fmt: skip
+    return Looped(model, ByteTable(folder / "tokenizer.model"), max(record.context, 2), folder.name)
 
 
 @dataclass
@@ -190,17 +186,32 @@ DEEPER_WITH_MORE = {"margin", "gate"}  # rules that go on for longer the higher 
 
 def threshold_for(looped: Looped, texts: list[Document], name: str, depth: float) -> float:
     """The threshold at which a rule's mean depth is nearest to `depth` on these documents. Raises UsageError."""
+    return nearest_threshold(looped, name, depth, lambda rule: mean_depth(looped, texts, rule))
+
+
+def nearest_threshold(looped: Looped, name: str, depth: float, depth_under: Callable[[Rule], float]) -> float:
+    """The threshold under whose rule `depth_under` is nearest to `depth`, by halving. Raises UsageError."""
     if name not in RANGES:
         raise UsageError(f"--exit {name}: give one of {', '.join(RANGES)}, or a --threshold.")
     if not 1 <= depth <= looped.loops:
         raise UsageError(f"--mean-depth {depth:g}: give 1 to {looped.loops} passes.")
-    low, high = RANGES[name]
     tried: dict[float, float] = {}
+
+    def too_shallow(threshold: float) -> bool:
+        tried[threshold] = found = depth_under(looped.rule(name, threshold))
+        return found < depth
+
+    halve(name, too_shallow)
+    return min(tried, key=lambda t: abs(tried[t] - depth))
+
+
+def halve(name: str, too_shallow: Callable[[float], bool]) -> float:
+    """The threshold of a rule beside which it is too shallow on one side and not on the other: the deep side's."""
+    low, high = RANGES[name]
     for _ in range(12):
         middle = (low + high) / 2
-        tried[middle] = found = mean_depth(looped, texts, looped.rule(name, middle))
-        if (found < depth) == (name in DEEPER_WITH_MORE):
+        if too_shallow(middle) == (name in DEEPER_WITH_MORE):
             low = middle
         else:
             high = middle
-    return min(tried, key=lambda t: abs(tried[t] - depth))
+    return high if name in DEEPER_WITH_MORE else low

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from golf.block import gathered
+from golf.block import Given, Kept, gathered
 from golf.config import UsageError, check_exits, check_threshold
 from golf.halting import SLACK
 from golf.model import RecurrentGPT
@@ -154,7 +154,7 @@ def prefix_keys(tokens: Tensor) -> Tensor:
 class Exits:
     """States and depths of one batch."""
 
-    states: Tensor  # (B, T, D) normalised
+    states: Tensor  # (B, T, D); of run_exits the normalised final ones
     depths: Tensor  # (B, T) int64 passes of each token
     computed: list[int]
     """Positions that each pass computed, padding included."""
@@ -184,20 +184,32 @@ def run_exits(
 ) -> Exits:
     """tokens (B, T) int64 -> states and depths under `rule`; with `gather` only what runs is computed, else all of it,
     to the same end."""
+    check_exits(model.shape)
+    given = model.enter(tokens, dtype)
+    x = model.prelude(given)
+    kept = model.nothing_kept(x)  # of one pass after the other: who has stopped stays in it as it was
+    found = follow(model, given, x, prefix_keys(tokens), rule, [kept] * model.shape.loops, gather)
+    return replace(found, states=model.coda(found.states, given))
+
+
+def follow(
+    model: RecurrentGPT, given: Given, x: Tensor, keys: Tensor, rule: Rule, kept: list[list[Kept]], gather: bool = True,
+    start: int = 0,
+) -> Exits:  # fmt: skip
+    """The passes over states x (B, T, D) at positions from `start` on, with the core's keys and values at each pass:
+    the states that the coda reads, and depths."""
     shape = model.shape
-    check_exits(shape)
-    (given, x), keys = model.prelude(tokens, dtype), prefix_keys(tokens)
-    kept, running = model.nothing_kept(x), torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
-    depths, computed = torch.zeros(tokens.shape, dtype=torch.int64, device=tokens.device), []
-    spent = x.new_zeros(tokens.shape, dtype=torch.promote_types(dtype, torch.float32))
+    running = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    depths, computed = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device), []
+    spent = x.new_zeros(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
     mixed = torch.zeros_like(x)  # of an ACT model
     read = lambda states: F.log_softmax(model.head(F.rms_norm(states, (shape.width,))), dim=-1)  # noqa: E731
     for passed in range(1, shape.loops + 1):
         place, moves = select(running, gather)
-        for bank in kept:
-            bank.at, bank.moves = place, moves
+        for bank in kept[passed - 1]:
+            bank.at, bank.moves = place + start, moves
         before = gathered(x, place)
-        part = model.core_pass(before, given.at(place), passed, kept)
+        part = model.core_pass(before, given.at(place), passed, kept[passed - 1])
         computed.append(place.numel())
         x = x.scatter(1, place[..., None].expand_as(part), torch.where(moves[..., None], part, before))
         depths += running
@@ -209,12 +221,12 @@ def run_exits(
             look.spent = look.spent + stop * (left if shape.exit_gate == "hazard" else 1)
         still = moves & ~rule.stops(look)
         if shape.exit_gate == "act":
-            share = torch.where(moves, torch.where(still, stop, left), 0.0)[..., None].to(dtype)
+            share = torch.where(moves, torch.where(still, stop, left), 0.0)[..., None].to(x.dtype)
             mixed = mixed.scatter(1, place[..., None].expand_as(part), gathered(mixed, place) + share * part)
         spent = spent.scatter(1, place, torch.where(moves, look.spent, spent.gather(1, place)))
         running = torch.zeros_like(running).scatter(1, place, still) & running
         if not running.any():
             break
     if shape.exit_gate == "act":
-        x = mixed + torch.where(running, 1 - spent, 0.0)[..., None].to(dtype) * x
-    return Exits(model.coda(x, given), depths, computed)
+        x = mixed + torch.where(running, 1 - spent, 0.0)[..., None].to(x.dtype) * x
+    return Exits(x, depths, computed)

@@ -59,7 +59,8 @@ def losses_at_stops(model: RecurrentGPT, tokens: Tensor, targets: Tensor, quanti
     says: of a token that stopped, the passes after it are what it would have made of them alone, its own key unchanged.
     """
     shape = model.shape
-    given, x = model.prelude(tokens, torch.float32)
+    given = model.enter(tokens, torch.float32)
+    x = model.prelude(given)
     kept, rule = model.nothing_kept(x), Gate(quantile)
     running, spent = torch.ones_like(tokens, dtype=torch.bool), torch.zeros(tokens.shape)
     frozen, states, losses = x, [], []

@@ -167,7 +167,14 @@ class RecurrentGPT(nn.Module):
         beyond its document. The state after each pass of the core is added to `seen`."""
         if self.shape.exit_gate == "act":
             return self.pondered(tokens, dtype, loops).states
-        shape, given = self.shape, self.enter(tokens, dtype, isolate)
+        return self.through(self.enter(tokens, dtype, isolate), loops, seen)
+
+    def through(
+        self, given: Given, loops: int | None = None, seen: list[Tensor] | None = None, kept: list[Kept] | None = None
+    ) -> Tensor:  # fmt: skip
+        """What layers read -> normalised final states (B, N, D). For some positions of a row only, every layer's keys
+        and values are `kept`."""
+        shape = self.shape
         x, lane, pushed = given.start, None, []
         layers, pops = shape.layers(loops), shape.skip_layers(loops)
         passes, made = [0] * shape.unique_layers, {}
@@ -175,10 +182,10 @@ class RecurrentGPT(nn.Module):
             if shape.lanes and layer == len(layers) // 2:
                 lane = x
             if layer in pops:
-                x = x + self.skip_weight[self.skip_rows[row]].to(dtype) * pushed.pop()
+                x = x + self.skip_weight[self.skip_rows[row]].to(x.dtype) * pushed.pop()
             x = self.between(x, block, passes[block], made.get(block))
             passes[block] += 1
-            x = self.layer(x, given, block, row, lane)
+            x = self.layer(x, given, block, row, lane, kept[layer] if kept else None)
             if lane is not None:
                 x, lane = x
             made[block] = x
@@ -191,13 +198,12 @@ class RecurrentGPT(nn.Module):
 
     # -- of shapes whose tokens may stop (config.check_exits) --
 
-    def prelude(self, tokens: Tensor, dtype: torch.dtype, isolate: bool = False) -> tuple[Given, Tensor]:
-        """tokens (B, T) -> what layers read, and the states (B, T, D) that the first pass begins with."""
-        given = self.enter(tokens, dtype, isolate)
+    def prelude(self, given: Given, kept: list[Kept] | None = None) -> Tensor:
+        """What layers read -> the states (B, N, D) that the first pass begins with."""
         x = given.start
-        for block, row in self.shape.layers(1)[: self.shape.prelude]:
-            x = self.layer(x, given, block, row)
-        return given, x
+        for at, (block, row) in enumerate(self.shape.layers(1)[: self.shape.prelude]):
+            x = self.layer(x, given, block, row, kept=kept[at] if kept else None)
+        return x
 
     def core_pass(self, x: Tensor, given: Given, passed: int, kept: list[Kept] | None = None) -> Tensor:
         """States x (B, N, D) after pass `passed`, 1 for the first; where only some positions change their blocks' keys
@@ -210,11 +216,11 @@ class RecurrentGPT(nn.Module):
             )  # fmt: skip
         return x
 
-    def coda(self, x: Tensor, given: Given) -> Tensor:
-        """States x (B, T, D) of the last passes -> normalised final states."""
+    def coda(self, x: Tensor, given: Given, kept: list[Kept] | None = None) -> Tensor:
+        """States x (B, N, D) of the last passes -> normalised final states."""
         shape = self.shape
-        for block, row in shape.layers()[len(shape.layers()) - shape.coda :]:
-            x = self.layer(x, given, block, row)
+        for at, (block, row) in enumerate(shape.layers()[len(shape.layers()) - shape.coda :]):
+            x = self.layer(x, given, block, row, kept=kept[at] if kept else None)
         return F.rms_norm(x, (shape.width,))
 
     def nothing_kept(self, x: Tensor) -> list[Kept]:
@@ -235,8 +241,8 @@ class RecurrentGPT(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """tokens (B, T) -> (R, B, T, D): the states after each pass, and the normalised final states that stopping
         there leads to; the last are those of hidden()."""
-        given, x = self.prelude(tokens, dtype, isolate)
-        found = []
+        given = self.enter(tokens, dtype, isolate)
+        x, found = self.prelude(given), []
         for passed in range(1, (loops or self.shape.loops) + 1):
             x = self.core_pass(x, given, passed)
             found.append(x)
@@ -246,7 +252,8 @@ class RecurrentGPT(nn.Module):
     def pondered(self, tokens: Tensor, dtype: torch.dtype = torch.float32, loops: int | None = None) -> Pondered:
         """tokens (B, T) -> the passes' states mixed as adaptive computation time says (halting.act); a token that
         stopped keeps its state, keys and values."""
-        given, x = self.prelude(tokens, dtype)
+        given = self.enter(tokens, dtype)
+        x = self.prelude(given)
         kept, loops = self.nothing_kept(x), loops or self.shape.loops
         running = torch.ones(tokens.shape, dtype=torch.bool, device=x.device)
         mixed, spent = torch.zeros_like(x), torch.zeros(tokens.shape, device=x.device)

@@ -20,6 +20,19 @@ LOGITS_AT_A_TIME = 1 << 25
 PHASE_ROWS = 8  # rows of a step in a phase over text that has been scored
 
 
+def packed_model(path: Path) -> RecurrentGPT:
+    """The model in an artifact, for use alone. Raises UsageError."""
+    shape, weights = load_artifact(path)
+    model = RecurrentGPT(shape)
+    model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
+    return model.eval().requires_grad_(False)
+
+
+def scoring_of(path: Path) -> Scoring:
+    """What an artifact says of how it is to be scored. Raises UsageError."""
+    return fields_from_dict(Scoring, read_note(path).get("scoring", {}), "artifact's scoring")
+
+
 class Adapters:
     """Low-rank additions to the matrices of the blocks that run several times (LoRA, Hu et al. 2021)."""
 
@@ -65,11 +78,9 @@ class Scorer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         path = Path(folder) / "model.bin"
-        shape, weights = load_artifact(path)
-        self.scoring = fields_from_dict(Scoring, read_note(path).get("scoring", {}), "artifact's scoring")
-        self.model = RecurrentGPT(shape)
-        self.model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
-        self.model.to(self.device).eval().requires_grad_(False)
+        self.model = packed_model(path).to(self.device)
+        shape = self.model.shape
+        self.scoring = scoring_of(path)
         self.vocab = shape.vocab_size
         exit, threshold = self.scoring.exit, self.scoring.exit_threshold
         self.rule = make_rule(exit, threshold, shape) if exit != "none" else None

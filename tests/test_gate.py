@@ -117,7 +117,8 @@ def test_act_is_what_its_definition_says_of_states_that_froze(bias):
         model.exit_bias.fill_(bias)
         model.exit_weight.mul_(0.3)
     found = model.pondered(tokens, torch.float64)
-    given, x = model.prelude(tokens, torch.float64)
+    given = model.enter(tokens, torch.float64)
+    x = model.prelude(given)
     running, kept = torch.ones(2, 24, dtype=torch.bool), model.nothing_kept(x)
     states, stops = [], []
     for passed in range(1, LOOPS + 1):

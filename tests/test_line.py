@@ -144,14 +144,17 @@ def test_the_referee_gives_the_recorded_score_again(trained, corpus):
 
 def test_the_model_writes(trained):
     folder, _ = trained
-    words = ["eval_bpb.py", "sample", folder, "--prompt", "def main", "--tokens", 12, "--seed", 3]
+    words = ["record.py", "sample", folder, "--prompt", "def main", "--tokens", 12, "--seed", 3]
     first, second = run(*words), run(*words)
     assert first.returncode == 0, first.stderr
     assert first.stdout == second.stdout and first.stdout.startswith("def main") and len(first.stdout) > 12
+    assert "Loops to predict each token, 2.00 of 2 on average" in first.stdout and "\u00b2" in first.stdout
     assert run(*words[:-1], 4).stdout != first.stdout
-    greedy = run(*words, "--temperature", 0)
-    assert greedy.returncode == 0
-    assert run("eval_bpb.py", "sample", folder, "--temperature", -1).returncode == 2
+    told = json.loads(run(*words, "--temperature", 0, "--exit", "fixed", "--threshold", 1, "--json").stdout)
+    assert told["text"].startswith("def main") and {t["loops"] for t in told["tokens"]} == {1}
+    for wrong in ("--temperature -1", "--exit gate", "--exit margin --threshold 2", "--threshold 1"):
+        done = run("record.py", "sample", folder, *wrong.split())
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 @pytest.mark.slow
