@@ -1,6 +1,10 @@
-"""Run folders: the leaderboard, and what a packed model writes.
+"""Run folders: what was run, how runs compare, and what a packed model writes.
 
+    python record.py list [--runs DIR] [--json]                 every started run, crashes too
+    python record.py show FOLDER [--json]
+    python record.py compare RUN... --against RUN... [--planned N] [--json]
     python record.py leaderboard [--runs DIR]
+    python record.py clean [--runs DIR] [--yes]
     python record.py sample FOLDER --prompt TEXT [--exit RULE --threshold X]
 """
 
@@ -13,11 +17,120 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from tyro.conf import Positional
 
-from golf import records
+from golf import records, run_list
 from golf.config import UsageError
 from golf.console import parse, run_script
 from golf.files import write_bytes
+
+dumps = json.dumps  # commands have an option called json
+
+
+def runs_folder(runs: str) -> Path:
+    """--runs as a folder. Raises UsageError."""
+    if not Path(runs).is_dir():
+        raise UsageError(f"--runs {runs}: there is no such folder.")
+    return Path(runs)
+
+
+def table(rows: list[dict], columns: tuple[str, ...]) -> None:
+    """Rows in aligned columns; numbers to the right."""
+
+    def text(value: object) -> str:
+        if value is None or value == "":
+            return "-"
+        return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+    cells = [list(columns), *([text(row[c]) for c in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [bool(rows) and all(isinstance(r[c], (int, float, type(None))) for r in rows) for c in columns]
+    for line in cells:
+        pads = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))
+        print("  ".join(pads).rstrip())
+
+
+def list_runs(runs: str = "runs", json: bool = False) -> int:
+    """Every started run, the best score of each track and corpus first; those without one at the end, and why.
+
+    Args:
+        runs: Folder that holds the run folders.
+        json: Print one JSON array.
+    """
+    rows = [run.row() for run in run_list.started(runs_folder(runs))]
+    rows.sort(key=lambda r: (r["val_bpb"] is None, r["track"], r["corpus"], r["val_bpb"] or 0.0, r["run"]))
+    if json:
+        print(dumps(rows))
+        return 0
+    table(rows, ("run", "status", "val_bpb", "preset", "seed", "track", "corpus", "bytes_total", "steps", "reason"))
+    print(f"{len(rows)} runs, {sum(r['val_bpb'] is not None for r in rows)} with a score")
+    return 0
+
+
+def show(folder: Positional[str], json: bool = False) -> int:
+    """What one run left: its closing block, what packing cost, its verdict.
+
+    Args:
+        folder: A run folder.
+        json: Print the whole record as one JSON object.
+    """
+    record, verdict = records.read(Path(folder)), records.read_verdict(Path(folder))
+    if json:
+        print(dumps(record.as_dict() | {"verdict": verdict}))
+        return 0
+    values = {"name": record.name, "status": record.status, "preset": record.preset, "seed": record.seed,
+              "track": record.track, "corpus": record.corpus, **record.closing()}  # fmt: skip
+    for loops, bpb in record.quantization_penalty.items():
+        values[f"packing costs at {loops} loops"] = f"{bpb:+.5f} bpb"
+    for key, value in values.items():
+        print(f"{key}: {value:,}" if type(value) is int else f"{key}: {value}")
+    if verdict:
+        passed = sum(c["status"] == "passed" for c in verdict["checks"])
+        said = "valid" if verdict["valid"] else f"INVALID, {verdict['invalid']}"
+        print(f"verdict: {said} ({passed} of {len(verdict['checks'])} checks passed)")
+    else:
+        print("verdict: none; python eval_bpb.py judges it")
+    return 0
+
+
+def compare(
+    folders: Positional[tuple[str, ...]], against: tuple[str, ...], planned: int = 0, mixed: bool = False,
+    json: bool = False,
+) -> int:  # fmt: skip
+    """Whether runs of one configuration are better than runs of another, each run a seed.
+
+    Args:
+        folders: Run folders of one side.
+        against: Run folders of the other side.
+        planned: Seeds a side that were planned before the first run; each seed beyond them counts as one look more.
+        mixed: Compare runs of different corpora or caps all the same.
+        json: Print one JSON object.
+    """
+    from golf import stats
+
+    if not folders or not against:
+        raise UsageError("compare: give run folders, and others after --against.")
+    if not 0 <= planned <= 1000:
+        raise UsageError(f"--planned {planned}: give 0 to 1,000.")
+    ours, theirs = run_list.sides([Path(f) for f in folders], [Path(f) for f in against], mixed)
+    found = stats.compare(*([getattr(r, key) for r in side] for side in (ours, theirs)
+                            for key in ("val_loss", "val_bpb")), planned)  # fmt: skip
+    left_out = run_list.others([Path(f) for f in (*folders, *against)], {r.fingerprint for r in (*ours, *theirs)})
+    if json:
+        told = asdict(found) | {"meets_rule": found.meets_rule, "meets_practice": found.meets_practice}
+        print(dumps(told | {"left_out": [run.row() for run in left_out]}))
+        return 0
+
+    for name, side, loss, bpb, sd in (
+        (ours[0].name, ours, found.mean_loss, found.mean_bpb, found.sd_bpb),
+        (theirs[0].name, theirs, found.their_loss, found.their_bpb, found.their_sd_bpb),
+    ):
+        told = "" if sd is None else f" (sd {sd:.4f})"
+        print(f"{name}: {bpb:.4f} bpb{told}, {loss:.4f} nats a token; seeds {[r.seed for r in side]}")
+    print("\n".join(found.sentences()))
+    for run in left_out:
+        print(f"left out, of the same configurations: {run.folder.name} ({run.status})", file=sys.stderr)
+    return 0
 
 
 def leaderboard(runs: str = "runs") -> int:
@@ -26,15 +139,35 @@ def leaderboard(runs: str = "runs") -> int:
     Args:
         runs: Folder that holds the run folders.
     """
-    folder = Path(runs)
-    if not folder.is_dir():
-        raise UsageError(f"--runs {runs}: there is no such folder.")
-    text = records.leaderboard(folder)
+    folder = runs_folder(runs)
+    text = run_list.leaderboard(folder)
     write_bytes(folder / "LEADERBOARD.md", text.encode())
     print(text, end="")
-    for path, record in records.all_records(folder):
-        if isinstance(record, UsageError):
-            print(f"left out: {path.name}: {record}", file=sys.stderr)
+    for run in run_list.started(folder):
+        if run.record is None:
+            print(f"left out: {run.folder.name}: {run.status} {run.reason}".rstrip(), file=sys.stderr)
+    return 0
+
+
+def clean(runs: str = "runs", yes: bool = False, json: bool = False) -> int:
+    """Say what unfinished and scored runs have left that nothing needs; delete it with --yes.
+
+    Args:
+        runs: Folder that holds the run folders.
+        yes: Delete it.
+        json: Print one JSON array.
+    """
+    found = [(path, run_list.size_of(path)) for path in run_list.leftovers(runs_folder(runs))]
+    if yes:
+        for path, _ in found:
+            run_list.remove(path)
+    if json:
+        print(dumps([{"path": str(path), "bytes": size, "deleted": yes} for path, size in found]))
+        return 0
+    for path, size in found:
+        print(f"{size:>15,}  {path}")
+    said = "deleted" if yes else "would be deleted with --yes" if found else "nothing to delete"
+    print(f"{sum(size for _, size in found):>15,}  bytes {said}")
     return 0
 
 
@@ -94,7 +227,9 @@ def sample(arguments: SampleArguments) -> int:
 def main() -> int:
     if sys.argv[1:2] == ["sample"]:
         return sample(parse(tyro.cli, SampleArguments, prog="record.py sample", args=sys.argv[2:]))
-    return parse(tyro.extras.subcommand_cli_from_dict, {"leaderboard": leaderboard}, prog="record.py")
+    commands = {"list": list_runs, "show": show, "compare": compare, "leaderboard": leaderboard, "clean": clean,
+                "sample": SampleArguments}  # fmt: skip
+    return parse(tyro.extras.subcommand_cli_from_dict, commands, prog="record.py")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from golf import pace
 from golf.config import Config, UsageError
 from golf.console import parse, run_script
 from golf.presets import PRESETS, parse_command_line
+from golf.stats import welch
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUAL = ("time", "steps", "flops", "bytes")
@@ -277,7 +278,7 @@ def table(plan: Plan, rows: list[dict]) -> str:
             continue
         scores = [bpb_of(r) for r in mine]
         gains = [base[r["seed"]] - bpb_of(r) for r in mine if r["seed"] in base]
-        p = welch([base[s] for s in base], scores) if variant != control else None
+        p = welch(scores, [base[s] for s in base]) if variant != control else None
         lines.append(
             f"| {variant} | {mean(scores):.4f} | {spread(scores)} | {mean(gains):+.4f} | {spread(gains)} | "
             f"{'-' if p is None else f'{p:.3f}'} | {mean([r['bytes_total'] for r in mine]):,.0f} | "
@@ -295,15 +296,6 @@ def mean(values: list[float]) -> float:
 
 def spread(values: list[float]) -> str:
     return f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
-
-
-def welch(control: list[float], scores: list[float]) -> float | None:
-    """One-sided p that the scores are no lower than the control's; nothing with fewer than two of each."""
-    if min(len(control), len(scores)) < 2 or statistics.pstdev(control) + statistics.pstdev(scores) == 0:
-        return None
-    from scipy.stats import ttest_ind
-
-    return float(ttest_ind(scores, control, equal_var=False, alternative="less").pvalue)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,16 @@ import time
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 from golf.bundle import ROOT
-from golf.config import Config
+from golf.config import Config, UsageError
 from golf.data import Corpus
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def git_state() -> dict:
@@ -72,12 +78,37 @@ def finite(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def lock(file: TextIO) -> bool:
+    """Take a file for this process until it ends; False when another has it. Systems without such locks always do."""
+    for _ in range(5):  # a reader that looks whether the file is taken holds it for a moment
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.02)
+    return False
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process that still lives writes this log."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except OSError:
+            return True
+
+
 class Journal:
     """Append-only log.jsonl of one run, and its console lines."""
 
     def __init__(self, folder: Path, config: Config, rank: int):
         self.config, self.rank, self.folder = config, rank, folder
         self.file = open(folder / "log.jsonl", "a", encoding="utf-8") if rank == 0 else None
+        if self.file and not lock(self.file):
+            raise UsageError(f"{folder}: another process writes this run; wait for it, or give another --run.name.")
         self.environment: dict = {}
         self.last_step_logged = 0
 

@@ -1,0 +1,184 @@
+"""Run folders as people meet them: listed, compared, cleaned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from scipy import stats as scipy_stats
+
+from golf import records, run_list, stats
+from golf.config import UsageError
+from golf.presets import PRESETS
+from tests.conftest import ROOT, run
+
+
+def folder_of(place: Path, name: str, **values: object) -> Path:
+    """A run folder with a record of these values and nothing else."""
+    folder = place / name
+    folder.mkdir(parents=True)
+    config = replace(PRESETS["smoke"])
+    usual = records.Record(
+        name=name, track="smoke", corpus="builtin", corpus_fingerprint="c0", cap=400_000, preset="smoke",
+        fingerprint="f0", seed=1, val_loss=2.0, val_bpb=1.5, config=json.loads(json.dumps(asdict(config))),
+    )  # fmt: skip
+    (folder / "log.jsonl").write_text('{"event": "start"}\n')
+    records.write(folder, replace(usual, **values))
+    return folder
+
+
+def seeds(place: Path, name: str, losses: list[float], **values: object) -> list[Path]:
+    return [folder_of(place, f"{name}-{n}", seed=n, val_loss=loss, val_bpb=loss * 0.75, **values)
+            for n, loss in enumerate(losses, 1)]  # fmt: skip
+
+
+# == comparing =====================================================================================================
+
+
+def test_a_comparison_is_welchs_test_as_scipy_has_it(tmp_path):
+    ours, theirs = [2.000, 2.004, 1.999], [2.020, 2.018, 2.027]
+    found = stats.compare(ours, [v / 2 for v in ours], theirs, [v / 2 for v in theirs])
+    assert found.p == scipy_stats.ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue
+    assert found.gain_nats == pytest.approx(statistics.mean(theirs) - statistics.mean(ours))
+    shifted = scipy_stats.ttest_ind([v + 0.005 for v in ours], theirs, equal_var=False, alternative="less").pvalue
+    assert found.p_rule == pytest.approx(shifted) and found.meets_rule and found.meets_practice
+
+
+def test_each_seed_beyond_those_planned_is_a_look():
+    ours, theirs = [2.00, 2.01, 2.02, 2.00], [2.03, 2.02, 2.04]
+    once, more = (stats.compare(ours, ours, theirs, theirs, planned) for planned in (0, 3))
+    assert once.looks == 1 and more.looks == 2
+    assert more.p == pytest.approx(2 * once.p) and more.p_rule == pytest.approx(min(1.0, 2 * once.p_rule))
+
+
+def test_seeds_needed_are_enough_and_one_fewer_is_not():
+    need = stats.seeds_needed(0.012, 0.004)
+    error = lambda n: 0.004 * (2 / n) ** 0.5  # noqa: E731
+    p = [scipy_stats.t.sf((0.012 - 0.005) / error(n), 2 * (n - 1)) for n in (need - 1, need)]
+    assert p[0] >= 0.01 > p[1]
+    assert stats.seeds_needed(0.004, 0.001) is None and stats.seeds_needed(0.0051, 1.0) is None
+
+
+def test_one_seed_a_side_is_no_test():
+    found = stats.compare([2.0], [1.5], [3.0], [2.5])
+    assert found.p is None and not found.meets_rule and "no test" in found.sentences()[-1]
+
+
+def test_the_command_compares_names_those_left_out_and_refuses_other_corpora(tmp_path):
+    ours = seeds(tmp_path, "ours", [2.00, 2.01, 2.005], fingerprint="f1")
+    theirs = seeds(tmp_path, "theirs", [2.05, 2.06, 2.055], fingerprint="f2")
+    fourth = folder_of(tmp_path, "ours-4", seed=4, fingerprint="f1", val_loss=2.2)
+    words = ["record.py", "compare", *ours, "--against", *theirs, "--planned", 3]
+    told = json.loads(run(*words, "--json").stdout)
+    assert told["meets_rule"] and told["ours"] == told["theirs"] == 3 and told["gain_nats"] == pytest.approx(0.05)
+    assert [r["run"] for r in told["left_out"]] == [fourth.name]
+    said = run(*words)
+    assert "rule, 0.005 nats at p < 0.01: met" in said.stdout and "left out" in said.stderr
+    elsewhere = seeds(tmp_path, "other", [2.1, 2.2], fingerprint="f3", corpus_fingerprint="c1")
+    done = run("record.py", "compare", *ours, "--against", *elsewhere)
+    assert done.returncode == 2 and "--mixed" in done.stderr
+    assert run("record.py", "compare", *ours, "--against", *elsewhere, "--mixed").returncode == 0
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ({"seed": 1}, "seed 1 stands twice"), ({"fingerprint": "other", "seed": 9}, "2 configurations"),
+    ({"status": "crash", "seed": 9}, "no valid score (crash)"),
+])  # fmt: skip
+def test_a_side_is_one_configuration_and_every_seed_once(tmp_path, values, said):
+    ours = seeds(tmp_path, "ours", [2.0, 2.1])
+    with pytest.raises(UsageError, match=said.replace("(", r"\(").replace(")", r"\)")):
+        run_list.sides([*ours, folder_of(tmp_path, "more", **values)], ours, mixed=False)
+
+
+# == listing =======================================================================================================
+
+
+def test_every_started_run_is_listed_however_it_ended(tmp_path):
+    folder_of(tmp_path, "scored")
+    folder_of(tmp_path, "stopped", status="interrupted", reason="asked to stop", val_bpb=None, val_loss=None)
+    for name, log in (
+        ("failed", '{"event": "step", "step": 3}\n{"event": "failed", "error": "RuntimeError: boom"}\n'),
+        ("lost", '{"event": "step", "step": 7}\n{"event": "st'), ("empty", ""),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text(log)
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "submission.json").write_text('{"schema": 99}')
+    (tmp_path / "no run").mkdir()
+    rows = {r["run"]: r for r in json.loads(run("record.py", "list", "--runs", tmp_path, "--json").stdout)}
+    assert {name: r["status"] for name, r in rows.items()} == {
+        "scored": "complete", "stopped": "interrupted", "failed": "crash", "lost": "lost", "empty": "lost",
+        "older": "damaged",
+    }  # fmt: skip
+    assert "boom" in rows["failed"]["reason"] and "step 7" in rows["lost"]["reason"]
+    assert "schema 99" in rows["older"]["reason"] and rows["stopped"]["reason"] == "asked to stop"
+    plain = run("record.py", "list", "--runs", tmp_path)
+    assert plain.returncode == 0 and plain.stdout.splitlines()[-1] == "6 runs, 1 with a score"
+
+
+def test_a_run_that_is_written_is_running_and_nobody_else_may_write_it(tmp_path):
+    place = tmp_path / "mine"
+    place.mkdir()
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom golf.journal import Journal\n"
+        "from golf.presets import PRESETS\nwith Journal(Path(sys.argv[1]), PRESETS['smoke'], 0):\n    print('open', flush=True)\n    time.sleep(60)\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", script, str(place)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout.readline() == "open\n"
+        assert [r.status for r in run_list.started(tmp_path)] == ["running"] and run_list.leftovers(tmp_path) == []
+        second = subprocess.run([sys.executable, "-c", script, str(place)], cwd=ROOT, capture_output=True, text=True)
+        assert second.returncode != 0 and "another process writes this run" in second.stderr
+    finally:
+        writer.kill()
+        writer.wait()
+    assert [r.status for r in run_list.started(tmp_path)] == ["lost"]
+
+
+def test_two_thousand_runs_are_listed_soon_enough_to_wait_for(tmp_path):
+    first = folder_of(tmp_path, "run-0")
+    for n in range(1, 2000):
+        shutil.copytree(first, tmp_path / f"run-{n}")
+    began = time.process_time()
+    assert len(run_list.started(tmp_path)) == 2000
+    assert time.process_time() - began < 10  # 0.4 s were seen; a parse a field would take minutes
+
+
+def test_a_record_shows_what_it_says_and_a_forged_verdict_is_none(tmp_path):
+    folder = folder_of(tmp_path, "one", quantization_penalty={"1": 0.02})
+    done = run("record.py", "show", folder)
+    assert "val_bpb: 1.5" in done.stdout and "+0.02000 bpb" in done.stdout and "verdict: none" in done.stdout
+    (folder / "verdict.json").write_text('{"valid": "yes", "checks": 7}')
+    assert json.loads(run("record.py", "show", folder, "--json").stdout)["verdict"] is None
+    assert run("record.py", "show", tmp_path / "nowhere").returncode == 2
+
+
+# == cleaning ======================================================================================================
+
+
+def test_cleaning_takes_only_what_no_record_needs(tmp_path):
+    kept = folder_of(tmp_path, "scored")
+    for name in ("model.bin", "checkpoint.safetensors", ".model.bin.77.part"):
+        (kept / name).write_bytes(b"x" * 100)
+    unscored = folder_of(tmp_path, "unscored", val_bpb=None, val_loss=None)
+    (unscored / "checkpoint.safetensors").write_bytes(b"x")
+    lost = tmp_path / "lost"
+    lost.mkdir()
+    (lost / "log.jsonl").write_text("")
+    outside = tmp_path / "precious"
+    outside.mkdir()
+    (outside / "thesis").write_text("years of work")
+    (lost / "link").symlink_to(outside)
+    told = run("record.py", "clean", "--runs", tmp_path)
+    assert "would be deleted with --yes" in told.stdout and lost.exists()
+    rows = json.loads(run("record.py", "clean", "--runs", tmp_path, "--yes", "--json").stdout)
+    assert {Path(r["path"]).name for r in rows} == {"checkpoint.safetensors", ".model.bin.77.part", "lost"}
+    assert not lost.exists() and (kept / "model.bin").exists() and (unscored / "checkpoint.safetensors").exists()
+    assert (outside / "thesis").exists()
