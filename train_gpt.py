@@ -32,7 +32,7 @@ import torch.distributed as dist
 from golf.average import WeightAverage
 from golf.bpb import Score, windows
 from golf.calibrate import calibrate, rehearse
-from golf.clock import Clock, StepCounter
+from golf.clock import Clock, Pace, StepCounter
 from golf.codec import encode, load_artifact
 from golf.config import Config, Scoring, UsageError
 from golf.data import Corpus, TokenStream, batches
@@ -170,7 +170,9 @@ def train(
 
     result = Result(model)
     rollback, noise = Rollback(result), GridNoise(model, config)
-    timed = Clock(config.train_seconds, min(reserve, config.train_seconds / 2), machine.largest, machine.now)
+    pace = Pace(run.pace)
+    now = pace.now if run.pace else machine.now
+    timed = Clock(config.train_seconds, min(reserve, config.train_seconds / 2), machine.largest, now)
     clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
     average, objective = WeightAverage(model, recipe.average), Objective(config)
 
@@ -193,6 +195,8 @@ def train(
         with noise.added(progress):
             batch = next(source)
             local_loss = accumulate(model, batch, machine, loops, objective)
+        if run.pace:
+            pace.tick(loops, length)
         optimizers.reduce_gradients()
         norm, told = optimizers.gradient_norm(), objective.told(model)
         if recipe.target_depth and loops > 1:
@@ -240,7 +244,7 @@ def train(
     })  # fmt: skip
     if config.pack.calibration_batches and result.steps:
         began = clock.elapsed()
-        limit = float("inf") if run.max_steps else config.train_seconds
+        limit = float("inf") if run.max_steps or run.pace else config.train_seconds
         left = lambda: limit - clock.elapsed()  # noqa: E731
         result.sensitivities, done = calibrate(model, source, config, machine, left, ending)
         seconds = machine.largest(clock.elapsed()) - began

@@ -1,4 +1,4 @@
-"""Variants against each other at equal time, steps, training FLOPs or bytes, seed by seed.
+"""Variants against each other at equal time, pace, steps, training FLOPs or bytes, seed by seed.
 
     python -m golf.ablate FILE.toml [--pairs] [--table]
     python -m golf.ablate --preset laptop --data data/english --equal steps --amount 400 --seeds 1 2 \
@@ -8,8 +8,8 @@ FILE names a preset, the data, what is equal, seeds and variants:
 
     preset = "laptop"
     data = "data/yardstick"
-    equal = "steps"            # time, steps, flops or bytes
-    amount = 600               # seconds, steps, training FLOPs, or bytes of the artifact
+    equal = "steps"            # time, pace, steps, flops or bytes
+    amount = 600               # seconds, seconds, steps, training FLOPs, or bytes of the artifact
     seeds = [1, 2]
     flags = ["--recipe.matrix-rate", "0.03"]
     judge = false              # score the packed artifact by the referee, or the weights before packing
@@ -19,7 +19,8 @@ FILE names a preset, the data, what is equal, seeds and variants:
 
 Runs go seed by seed through all variants, so that a machine that changes its pace hits all alike. Each run is a row of
 FILE.jsonl, crashes too; what stands there is not run again. A run at equal time during which other programs took more
-than a twentieth of the processor is void and is run once more.
+than a twentieth of the processor is void and is run once more. Equal pace is equal time by a clock that counts what
+each kind of step took when all variants were timed in turn (FILE.pace.json): its runs may share the machine.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ import sys
 import tempfile
 import time
 import tomllib
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
@@ -44,11 +47,12 @@ import tyro
 from golf import pace
 from golf.config import Config, UsageError
 from golf.console import parse, run_script
+from golf.files import write_bytes
 from golf.presets import PRESETS, parse_command_line
 from golf.stats import welch
 
 ROOT = Path(__file__).resolve().parent.parent
-EQUAL = ("time", "steps", "flops", "bytes")
+EQUAL = ("time", "pace", "steps", "flops", "bytes")
 LEAST_SHARE = 0.95  # of the busy processor, that a run at equal time must have had
 TRIES = 2  # of a run that was disturbed
 
@@ -67,6 +71,8 @@ class Plan:
     judge: bool = False
     control: str = ""
     """The variant that others are compared with; the first when empty."""
+    paces: dict[str, str] = field(default_factory=dict)
+    """What a step of each variant takes, for equal pace."""
 
 
 def read_plan(path: Path) -> Plan:
@@ -119,8 +125,10 @@ def words_of(plan: Plan, variant: str, seed: int) -> list[str]:
     ]  # fmt: skip
 
 
-def budget_flags(plan: Plan, config: Config) -> list[str]:
+def budget_flags(plan: Plan, variant: str, config: Config) -> list[str]:
     """What makes a run as long, or as large, as the others."""
+    if plan.equal == "pace":
+        return ["--run.cap", f"{plan.amount:g}", "--run.pace", plan.paces[variant]]
     if plan.equal == "time":
         return ["--run.cap", f"{plan.amount:g}"]
     if plan.equal == "bytes":
@@ -165,15 +173,14 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
     """Train one variant once: its row."""
     config = configuration(plan, variant, seed)
     with tempfile.TemporaryDirectory(prefix="golf-ablate-") as place:
-        words = [*words_of(plan, variant, seed), *budget_flags(plan, config)]
+        words = [*words_of(plan, variant, seed), *budget_flags(plan, variant, config)]
         here = ["--run.runs", place, "--run.name", "run", *([] if plan.judge else ["--run.no-judge"])]
         began = time.time()
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "train_gpt.py"), *words, *here], cwd=ROOT, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
-        if cpus and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(process.pid, cpus)
+        pin(cpus or [], process.pid)
         load = Load(process)
         while process.poll() is None:
             load.look()
@@ -209,6 +216,31 @@ def bpb_of(row: dict) -> float | None:
 def void(row: dict) -> bool:
     """Whether other programs disturbed a run whose result depends on the pace."""
     return row["equal"] in ("time", "bytes") and row["cpu_share"] < LEAST_SHARE
+
+
+def with_paces(plan: Plan, path: Path, cpus: list[int]) -> Plan:
+    """The plan with its variants' paces, measured on these cores if `path` has none yet. Raises UsageError."""
+    try:
+        known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({error}); delete it, and the paces are measured anew.") from error
+    if missing := [name for name in plan.variants if name not in known]:
+        if known:
+            raise UsageError(f"{path}: it has no pace of {missing[0]}, and all are timed in turn; delete the file.")
+        from golf.timing import paces
+
+        print(f"timing {len(missing)} variants in turn", flush=True)
+        configs = {name: configuration(plan, name, plan.seeds[0]) for name in missing}
+        with ProcessPoolExecutor(1, get_context("spawn"), pin, (cpus,)) as pool:  # whose memory goes with it
+            known = pool.submit(paces, configs).result()
+        write_bytes(path, json.dumps(known, indent=1).encode() + b"\n")
+    return replace(plan, paces=known)
+
+
+def pin(cpus: list[int], process: int = 0) -> None:
+    """Keep a process, or this one, to some cores."""
+    if cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process, cpus)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -251,7 +283,7 @@ def same(plan: Plan, row: dict) -> bool:
     if row["variant"] not in plan.variants:
         return False
     config = configuration(plan, row["variant"], row["seed"])
-    words = [*words_of(plan, row["variant"], row["seed"]), *budget_flags(plan, config)]
+    words = [*words_of(plan, row["variant"], row["seed"]), *budget_flags(plan, row["variant"], config)]
     asked = {"fingerprint": config.fingerprint, "flags": words, "judge": plan.judge}
     return row["seed"] in plan.seeds and all(row.get(key) == value for key, value in asked.items())
 
@@ -263,7 +295,7 @@ def table(plan: Plan, rows: list[dict]) -> str:
     control = plan.control or next(iter(plan.variants))
     found = {v: [r for r in good if r["variant"] == v and bpb_of(r) is not None] for v in plan.variants}
     base = {r["seed"]: bpb_of(r) for r in found[control]}
-    unit = {"time": "s", "steps": "steps", "flops": "training FLOPs", "bytes": "bytes"}[plan.equal]
+    unit = {"time": "s", "pace": "s", "steps": "steps", "flops": "training FLOPs", "bytes": "bytes"}[plan.equal]
     lines = [
         f"Equal {plan.equal}: {plan.amount:g} {unit}, seeds {plan.seeds}{', judged' if plan.judge else ''}.\n",
         f"| variant | bpb | sd | less than {control} | pairs' sd | Welch p | bytes | steps | ms/step | tokens/s "
@@ -308,10 +340,10 @@ class Arguments:
     """Preset that is varied."""
     data: str = "data/builtin"
     """Prepared text."""
-    equal: Literal["time", "steps", "flops", "bytes"] = "steps"
+    equal: Literal["time", "pace", "steps", "flops", "bytes"] = "steps"
     """What all variants have alike."""
     amount: float = 0.0
-    """Seconds, steps, training FLOPs, or bytes of the artifact."""
+    """Seconds, seconds, steps, training FLOPs, or bytes of the artifact."""
     seeds: tuple[int, ...] = (1,)
     variants: tuple[str, ...] = ()
     """NAME=FLAGS each; the first is what others are compared with."""
@@ -350,11 +382,13 @@ def plan_of(arguments: Arguments) -> tuple[Plan, Path]:
 def main() -> int:
     arguments = parse(tyro.cli, Arguments, prog="python -m golf.ablate")
     plan, results = plan_of(arguments)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    width = 2 if arguments.pairs and len(cores) >= 2 else 1
+    if plan.equal == "pace":
+        plan = with_paces(plan, results.with_suffix(".pace.json"), cores[: len(cores) // width])
     rows = read_rows(results)
     todo = [] if arguments.table else wanted(plan, rows)
     todo = todo[: arguments.most] if arguments.most else todo
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    width = 2 if arguments.pairs and len(cores) >= 2 else 1
     for at in range(0, len(todo), width):
         part = todo[at : at + width]
         for number, (variant, seed) in enumerate(part):
@@ -370,8 +404,6 @@ def main() -> int:
 
 def side_by_side(plan: Plan, part: list[tuple[str, int]], cores: list[int]) -> list[dict]:
     """Two runs at once, each on half of the cores; a share is then of that half."""
-    from concurrent.futures import ThreadPoolExecutor
-
     half = len(cores) // 2
     with ThreadPoolExecutor(2) as pool:
         halves = (cores[:half], cores[half : 2 * half])

@@ -102,7 +102,7 @@ def rehearse(model: RecurrentGPT, config: Config, machine: Machine, micro_rows: 
     """Training seconds to set aside for calibrate(), and of them those for its end; by timing both on synthetic
     tokens, alike on all ranks."""
     batches = config.pack.calibration_batches
-    if not batches or config.run.max_steps:
+    if not batches or config.run.max_steps or config.run.pace:
         return 0.0, 0.0
     length = config.recipe.sequence_length
     numbers = torch.arange(micro_rows * (length + 1), device=machine.device)

@@ -75,6 +75,24 @@ class Clock:
         return self.steps[-1]
 
 
+class Pace:
+    """A time that passes by what steps are said to take: runs of equal time are then alike on a busy machine too."""
+
+    def __init__(self, told: str):
+        """`told` is LOOPSxLENGTH=MS, comma-separated: milliseconds of a step of so many passes in rows of that length.
+        Raises ValueError."""
+        parts = (part.partition("=") for part in told.split(",") if part)
+        self.seconds = {tuple(map(int, kind.split("x"))): float(ms) / 1e3 for kind, _, ms in parts}
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def tick(self, loops: int, length: int) -> None:
+        """A step's time passes."""
+        self.time += self.seconds[loops, length]
+
+
 class StepCounter:
     """A Clock that reads no time: progress is step / steps. For runs that must be equal on every machine."""
 

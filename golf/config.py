@@ -213,6 +213,9 @@ class Run:
     """Stop after this many steps and read no clock (progress is step / max-steps); 0 trains by the clock."""
     cap: float = 0.0
     """Training seconds, if fewer than the track's."""
+    pace: str = ""
+    """What the clock counts in place of seconds, for comparisons on a busy machine: milliseconds of a step as
+    LOOPSxLENGTH=MS,... (`golf.ablate` measures them)."""
     validate_every: int = 0
     """Steps between looks at the validation loss, outside the clock; 0 is only at the end."""
     log_every: int = 20
@@ -286,6 +289,7 @@ class Config:
         require(told, "recipe.noise_step", self.recipe.noise_step, "name the grid's step in row deviations")
         for name in ("seed", "threads", "max_steps", "cap", "validate_every", "log_every"):
             require(getattr(self.run, name) >= 0, f"run.{name}", getattr(self.run, name), "give 0 or more")
+        check_pace(self)
         limit = self.limits.train_seconds
         require(self.run.cap <= limit, "run.cap", self.run.cap, f"the {self.track} track allows {limit:g} s")
         return self
@@ -365,6 +369,33 @@ def check_threshold(rule: str, threshold: float, shape: Shape) -> None:
     whole = rule != "fixed" or threshold in range(1, loops + 1)
     way_out = f"{rule} takes {1 if rule == 'fixed' else 0} to {most:g}"
     require(0 <= threshold <= most and whole, "scoring.exit_threshold", f"{threshold:g}", way_out)
+
+
+def check_pace(config: Config) -> None:
+    """Raise UsageError for a pace that leaves out a kind of step, or a run that it would prove nothing of."""
+    run, pace = config.run, config.run.pace
+    if not pace:
+        return
+    require(not run.judge, "run.pace", pace, "give --run.no-judge, seconds that are said prove no limit")
+    require(not run.max_steps, "run.max_steps", run.max_steps, "give no pace, or no number of steps")
+    try:
+        told = {tuple(map(int, kind.split("x"))): float(ms)
+                for kind, _, ms in (part.partition("=") for part in pace.split(",") if part)}  # fmt: skip
+    except ValueError:
+        told = {}
+    for length, loops in kinds_of_steps(config.shape, config.recipe):
+        fits = 0 < told.get((loops, length), 0) < 1e9
+        require(fits, "run.pace", pace, f"give {loops}x{length}=MS, as --run.pace 1x256=300,3x256=450")
+
+
+def kinds_of_steps(shape: Shape, recipe: Recipe) -> list[tuple[int, int]]:
+    """(row length, loops) of every kind of step that training takes, the deepest, which needs most memory, first."""
+    found = set()
+    for progress in (0.0, recipe.short_until, recipe.loops_from, 1.0):
+        loops = shape.loops if progress >= recipe.loops_from else 1
+        for n in range(1, shape.loops + 1) if recipe.random_loops and loops > 1 else (loops,):
+            found.add((recipe.length_at(progress), n))
+    return sorted(found, key=lambda kind: (-kind[1], -kind[0]))
 
 
 def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:

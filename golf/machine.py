@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from golf.config import Config, UsageError
+from golf.config import Config, UsageError, kinds_of_steps
 from golf.loss import part_loss
 from golf.model import RecurrentGPT
 from golf.muon import Optimizers
@@ -173,17 +173,6 @@ def accumulate(model: RecurrentGPT, micro: list, machine: Machine, loops: int, o
     return total
 
 
-def graphs(config: Config) -> list[tuple[int, int]]:
-    """(row length, loops) of every graph that training uses, the deepest, which needs most memory, first."""
-    recipe, deepest = config.recipe, config.shape.loops
-    found = set()
-    for progress in (0.0, recipe.short_until, recipe.loops_from, 1.0):
-        loops = deepest if progress >= recipe.loops_from else 1
-        for n in range(1, deepest + 1) if recipe.random_loops and loops > 1 else (loops,):
-            found.add((recipe.length_at(progress), n))
-    return sorted(found, key=lambda graph: (-graph[1], -graph[0]))
-
-
 def warm_up(model: RecurrentGPT, optimizers: Optimizers, config: Config, machine: Machine, micro_rows: int) -> bool:
     """Compile every graph that training will use, on synthetic tokens; weights and optimiser state are restored.
 
@@ -194,7 +183,7 @@ def warm_up(model: RecurrentGPT, optimizers: Optimizers, config: Config, machine
     saved = [p.detach().clone() for p in model.parameters()]
     row = np.arange(micro_rows * recipe.sequence_length, dtype=np.int64).reshape(micro_rows, -1) % shape.vocab_size
     failed = 0.0
-    for length, loops in graphs(config):
+    for length, loops in kinds_of_steps(shape, recipe):
         row = row.reshape(-1, length)
         for _ in range(2):
             try:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from golf.config import Config, Run
+from golf.config import Config, Run, kinds_of_steps
 from golf.journal import processor
 from golf.machine import accumulate, compile_model, set_up, warm_up
 from golf.model import RecurrentGPT
@@ -32,18 +32,20 @@ class Stepper:
         warm_up(self.model, self.optimizers, config, self.machine, self.rows)
         self.warm_up_seconds = self.machine.now() - began
 
-    def step(self) -> float:
-        """Seconds of one step with all its loops."""
-        length = self.config.recipe.sequence_length
-        tokens = self.generator.integers(0, self.config.shape.vocab_size, (self.rows, length + 1))
+    def step(self, loops: int | None = None, length: int | None = None) -> float:
+        """Seconds of one step: with all its loops, in rows of the recipe's length, or as said."""
+        usual = self.config.recipe.sequence_length
+        length = length or usual
+        rows = self.rows * usual // length
+        tokens = self.generator.integers(0, self.config.shape.vocab_size, (rows, length + 1))
         began = self.machine.now()
-        self.take([(tokens[:, :-1].copy(), tokens[:, 1:].copy())])
+        self.take([(tokens[:, :-1].copy(), tokens[:, 1:].copy())], loops)
         return self.machine.now() - began
 
-    def take(self, micro: list) -> None:
+    def take(self, micro: list, loops: int | None = None) -> None:
         """One step on a batch's micro-batches."""
         self.optimizers.zero_grad()
-        accumulate(self.model, micro, self.machine, self.config.shape.loops, self.objective)
+        accumulate(self.model, micro, self.machine, loops or self.config.shape.loops, self.objective)
         self.optimizers.reduce_gradients()
         self.optimizers.gradient_norm()
         self.optimizers.step(0.5)
@@ -54,6 +56,24 @@ def step_time(config: Config, steps: int = 5) -> float:
     torch._dynamo.reset()
     stepper = Stepper(config)
     return sorted(stepper.step() for _ in range(steps))[steps // 2]
+
+
+def paces(configs: dict[str, Config], rounds: int = 7) -> dict[str, str]:
+    """For each configuration what --run.pace says of it here: least milliseconds of each kind of step, all kinds of all
+    configurations in turn, so that a machine that changes its pace hits them alike."""
+    torch._dynamo.reset()
+    steppers = {name: Stepper(config) for name, config in configs.items()}
+    kinds = {name: kinds_of_steps(c.shape, c.recipe) for name, c in configs.items()}
+    least: dict[tuple, float] = {}
+    for _ in range(rounds):
+        for name, stepper in steppers.items():
+            for length, loops in kinds[name]:
+                key = (name, loops, length)
+                least[key] = min(least.get(key, float("inf")), stepper.step(loops, length))
+    return {
+        name: ",".join(f"{loops}x{length}={1e3 * least[name, loops, length]:.1f}" for length, loops in kinds[name])
+        for name in configs
+    }
 
 
 def measure_machine() -> dict:
