@@ -368,7 +368,7 @@ def texts_to_draw(path: str) -> list[Document]:
 
 def draw(a: MapArguments) -> dict:
     """Write the page, and the picture if asked; returns what is on it. Raises UsageError."""
-    from golf import depth, map_page
+    from golf import charts, depth, map_page
     from golf import topics as study
 
     texts = texts_to_draw(a.text)
@@ -384,17 +384,17 @@ def draw(a: MapArguments) -> dict:
         spots = depth.spots(looped, text.text, rule)
         depths += [s.loops for s in spots]
         documents.append(map_page.Shown(text.topic, spots))
-    charts = [("Tokens by loops", map_page.histogram(np.array(depths), looped.loops))]
+    pictures = [("Tokens by loops", map_page.histogram(np.array(depths), looped.loops))]
     if a.docs:
         tokens = depth.measure(looped, chosen_texts(Path(a.docs), 200), rule)
         study.check_topics(tokens)
         rows = study.by_topic([tokens], study.Resampling(tokens, 1))
-        bars = [map_page.Bar(r["topic"], *(r["loops"].row()[k] for k in ("mean", "low", "high"))) for r in rows]
+        bars = [charts.Bar(r["topic"], *(r["loops"].row()[k] for k in ("mean", "low", "high"))) for r in rows]
         bars.sort(key=lambda bar: -bar.mean)
-        charts.append(("Loops a token by topic", map_page.bar_chart(bars, looped.loops, "loops, 95 % intervals")))
+        pictures.append(("Loops a token by topic", charts.bar_chart(bars, looped.loops, "loops, 95 % intervals")))
     about = (f"{looped.name}: {a.exit} at {threshold:.4g}, {np.mean(depths):.2f} of {looped.loops} loops a token. "
              "A token is drawn whole; one that holds part of a character shows a replacement sign.")  # fmt: skip
-    written = map_page.page("What it thinks longer about", about, looped.loops, documents, charts)
+    written = map_page.page("What it thinks longer about", about, looped.loops, documents, pictures)
     write_bytes(Path(a.output), written.encode())
     if a.png:
         map_page.write_png(Path(a.png), documents, looped.loops, a.before)

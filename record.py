@@ -3,6 +3,7 @@
     python record.py list [--runs DIR] [--json]                 every started run, crashes too
     python record.py show FOLDER [--json]
     python record.py compare RUN... --against RUN... [--planned N] [--json]
+    python record.py report FOLDER [--against RUN] [--output PAGE.html]
     python record.py leaderboard [--runs DIR]
     python record.py clean [--runs DIR] [--yes]
     python record.py sample FOLDER --prompt TEXT [--exit RULE --threshold X]
@@ -133,6 +134,21 @@ def compare(
     return 0
 
 
+def report(folder: Positional[str], against: str = "", output: str = "") -> int:
+    """Write the run's page: score, curves, bytes, verdict; with another run's curves beside its own.
+
+    Args:
+        folder: A run folder, finished or not.
+        against: Another run folder.
+        output: Page to write; FOLDER/report.html when empty.
+    """
+    from golf import report as pages
+
+    path = pages.write(Path(folder), Path(against) if against else None, Path(output) if output else None)
+    print(f"written: {path}")
+    return 0
+
+
 def leaderboard(runs: str = "runs") -> int:
     """Write RUNS/LEADERBOARD.md from every scored run; corpora and tracks are never mixed.
 
@@ -227,8 +243,8 @@ def sample(arguments: SampleArguments) -> int:
 def main() -> int:
     if sys.argv[1:2] == ["sample"]:
         return sample(parse(tyro.cli, SampleArguments, prog="record.py sample", args=sys.argv[2:]))
-    commands = {"list": list_runs, "show": show, "compare": compare, "leaderboard": leaderboard, "clean": clean,
-                "sample": SampleArguments}  # fmt: skip
+    commands = {"list": list_runs, "show": show, "compare": compare, "report": report,
+                "leaderboard": leaderboard, "clean": clean, "sample": SampleArguments}  # fmt: skip
     return parse(tyro.extras.subcommand_cli_from_dict, commands, prog="record.py")
 
 

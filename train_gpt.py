@@ -151,9 +151,11 @@ def loops_at(config: Config, progress: float, step: int) -> int:
 
 
 def train(
-    config: Config, corpus: Corpus, machine: Machine, interrupt: Interrupt, report: Callable[[dict], None]
-) -> Result:
-    """Train until the clock or the step count says stop. `report` receives one dict an event, on every rank."""
+    config: Config, corpus: Corpus, machine: Machine, interrupt: Interrupt, report: Callable[[dict], None],
+    keeper: object = None,
+) -> Result:  # fmt: skip
+    """Train until the clock or the step count says stop. `report` receives one dict an event, on every rank. A keeper
+    (golf.resume) puts back what an earlier run kept, and keeps what this one needs to go on."""
     shape, recipe, run = config.shape, config.recipe, config.run
     torch.manual_seed(run.seed)
     model = RecurrentGPT(shape).initialize(recipe, run.seed).to(machine.device)
@@ -175,20 +177,24 @@ def train(
     timed = Clock(config.train_seconds, min(reserve, config.train_seconds / 2), machine.largest, now)
     clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
     average, objective = WeightAverage(model, recipe.average), Objective(config)
+    state = (model, optimizers, clock, average, objective, noise, result)
+    if keeper:
+        keeper.begin(*state)
 
     def source_from(length: int, step: int) -> Iterator:
         rows = micro_rows * recipe.sequence_length // length
         return batches(stream, recipe.batch_tokens, length, recipe.loader, machine.rank, machine.world, rows, step)
 
-    length = recipe.length_at(0.0)
-    source = source_from(length, 0)
+    length, source = 0, iter(())
     while (progress := clock.begin_step()) is not None:
         if machine.largest(interrupt.asked):
             result.status, result.reason = "interrupted", "asked to stop"
+            if keeper:
+                keeper.keep(*state)
             break
         loops = loops_at(config, progress, result.steps)
         if recipe.length_at(progress) != length:
-            length = recipe.sequence_length
+            length = recipe.length_at(progress)
             source = source_from(length, result.steps)
         optimizers.zero_grad()
         objective.begin(progress)
@@ -229,6 +235,8 @@ def train(
         if loops > 1 and run.log_every and result.steps % run.log_every == 0 and machine.rank == 0:
             report({"event": "passes", "step": result.steps, **pass_statistics(
                 model, batch[0][0][:1], machine.dtype, loops)})  # fmt: skip
+        if keeper:
+            keeper.after_step(*state)
         if run.validate_every and result.steps % run.validate_every == 0:
             with clock.paused():
                 score = validation_score(model, corpus, config, machine)
@@ -298,21 +306,24 @@ def quantization_penalty(
 
 def main() -> int:
     import budget
-    from golf import bundle, journal, presets, records
+    from golf import bundle, journal, presets, records, resume
 
     config = presets.parse_command_line(sys.argv[1:])
     config.check(int(os.environ.get("WORLD_SIZE", 1)))
+    folder = Path(config.run.runs) / records.folder_name(config)
+    if config.run.resume:
+        folder, config = resume.resumed(config)
     corpus = Corpus(config.run.data)
     corpus.check(config.shape.vocab_size, config.recipe.sequence_length)
     budget.require_fit(config)
     code = bundle.counted_files(config)  # now, so that what ships is what runs
     machine = set_up(config)
-    folder = Path(config.run.runs) / records.folder_name(config)
-    if machine.rank == 0:
+    if machine.rank == 0 and not config.run.resume:
         records.create_folder(folder)
     with Interrupt().watched() as interrupt, journal.Journal(folder, config, machine.rank) as log:
         log.write(journal.start_row(config, corpus, machine.__dict__))
-        result = train(config, corpus, machine, interrupt, log.write)
+        keeper = resume.Keeper(folder, config, corpus, machine, log.write)
+        result = train(config, corpus, machine, interrupt, log.write, keeper)
         if machine.rank == 0:
             try:
                 pack(result, config, folder / "model.bin", len(code["train_gpt.py"]), log.write)
@@ -338,6 +349,8 @@ def main() -> int:
                 if machine.device.type == "cuda":
                     torch.cuda.empty_cache()
                 record = records.judged(folder, record, Path(config.run.data))
+            if record.status == "complete":
+                keeper.clear()
             log.close_with(record)
     if machine.rank > 0:
         return 0  # a launcher ends all ranks when one fails, and rank 0 may still be writing

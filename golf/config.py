@@ -220,6 +220,10 @@ class Run:
     """Steps between looks at the validation loss, outside the clock; 0 is only at the end."""
     log_every: int = 20
     """Steps between progress lines."""
+    keep_every: int = 0
+    """Steps between checkpoints that --run.resume goes on from, outside the clock; 0 keeps none."""
+    resume: str = ""
+    """Run folder whose newest checkpoint is gone on from; give the flags that the run was begun with."""
     checkpoint: bool = False
     """Write the weights and sensitivities beside the artifact, for `artifact.py pack`; they do not count."""
     judge: bool = True
@@ -287,7 +291,7 @@ class Config:
         step = self.recipe.noise_step or self.pack.matrix_step
         told = self.recipe.grid_noise == "off" or step > 0
         require(told, "recipe.noise_step", self.recipe.noise_step, "name the grid's step in row deviations")
-        for name in ("seed", "threads", "max_steps", "cap", "validate_every", "log_every"):
+        for name in ("seed", "threads", "max_steps", "cap", "validate_every", "log_every", "keep_every"):
             require(getattr(self.run, name) >= 0, f"run.{name}", getattr(self.run, name), "give 0 or more")
         check_pace(self)
         limit = self.limits.train_seconds

@@ -12,7 +12,7 @@ from golf.config import UsageError
 # Files that describe a run and that its scorer never sees; all else is counted.
 UNCOUNTED = {"README.md", "submission.json", "verdict.json", "report.html", "tokenizer.model", "log.jsonl", "train.log",
              "checkpoint.safetensors", "hessians.safetensors"}  # fmt: skip
-UNCOUNTED_FOLDERS = {"source"}
+UNCOUNTED_FOLDERS = {"source", "states"}
 CODE_SUFFIXES = {".py", ".zip"}
 
 

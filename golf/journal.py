@@ -101,6 +101,32 @@ def is_locked(path: Path) -> bool:
             return True
 
 
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log as far as they are whole; steps that a resumed run took again stand once, as they stand now.
+    Raises UsageError for a file that cannot be read."""
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}).") from error
+    rows: list[dict] = []
+    for line in lines:
+        row = parsed(line)
+        if row.get("event") == "resumed":
+            rows = [r for r in rows if not (isinstance(r.get("step"), int) and r["step"] > row.get("step", 0))]
+        if row:
+            rows.append(row)
+    return rows
+
+
+def parsed(line: bytes | str) -> dict:
+    """A log's line as an object; an empty one where it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
 class Journal:
     """Append-only log.jsonl of one run, and its console lines."""
 
@@ -161,6 +187,13 @@ class Journal:
             left = f"{row['limit'] - row['elapsed']:.0f} s left"
         pace = f"{speed:>9,.0f} tokens/s  {row['ms']:>7.1f} ms/step"
         print(f"step {row['step']:>6}  loss {row['loss']:.4f}  {pace}  {left}", flush=True)
+
+    def on_resumed(self, row: dict) -> None:
+        changed = "; the code has changed since" if row["code_changed"] else ""
+        print(f"resumed after step {row['step']}, {row['elapsed']:.2f} s on the clock{changed}")
+
+    def on_not_kept(self, row: dict) -> None:
+        print(f"no checkpoint at step {row['step']}: {row['reason']}")
 
     def on_validation(self, row: dict) -> None:
         print(f"step {row['step']:>6}  val_loss {row['val_loss']:.4f}  val_bpb {row['val_bpb']:.4f}", flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from golf import charts
 from golf.config import UsageError
 
 COLORS = ("#eef4fb", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b")  # light to dark
@@ -36,16 +37,6 @@ class Shown:
     spots: list[Spot]
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A mean with its interval."""
-
-    name: str
-    mean: float
-    low: float
-    high: float
-
-
 def color(depth: int, loops: int) -> str:
     """The colour of a depth of at most `loops`."""
     place = 0 if loops < 2 else round((depth - 1) * (len(COLORS) - 1) / (loops - 1))
@@ -56,13 +47,7 @@ def is_dark(depth: int, loops: int) -> bool:
     return loops > 1 and (depth - 1) / (loops - 1) > 0.5
 
 
-STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --faint: #667; --line: #ccd; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171b; --ink: #e6e8eb; --faint: #99a; --line: #334; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+STYLE = charts.STYLE + """
 .text { font: 15px/2 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 .text span { border-radius: 2px; padding: 1px 0; border-bottom: 0 solid currentColor;
   -webkit-print-color-adjust: exact; print-color-adjust: exact; }
@@ -74,9 +59,6 @@ fieldset { border: 1px solid var(--line); border-radius: 6px; display: inline-bl
 .legend { display: flex; flex-wrap: wrap; gap: .75rem; margin: .5rem 0; }
 .legend i { display: inline-block; width: 1.2rem; height: 1.2rem; border-radius: 2px; vertical-align: middle;
   -webkit-print-color-adjust: exact; print-color-adjust: exact; }
-.faint { color: var(--faint); font-size: .9rem; }
-svg { max-width: 100%; height: auto; } svg text { fill: var(--ink); font: 13px system-ui, sans-serif; }
-svg .bar { fill: #4292c6; } svg .mark { stroke: var(--ink); stroke-width: 1.5; fill: none; }
 @media print { #panel, fieldset { display: none; } body { max-width: none; } .text { font-size: 10pt; } }
 """
 
@@ -106,7 +88,7 @@ for (const box of document.querySelectorAll("input[name=view]")) box.addEventLis
 """
 
 
-def page(title: str, about: str, loops: int, documents: list[Shown], charts: list[str]) -> str:
+def page(title: str, about: str, loops: int, documents: list[Shown], pictures: list[str]) -> str:
     """The whole page. Everything that is shown is escaped."""
     rules = []
     for depth in range(1, loops + 1):
@@ -136,7 +118,7 @@ def page(title: str, about: str, loops: int, documents: list[Shown], charts: lis
             parts.append(span(spot, first))
             first = False
         parts.append("</div>")
-    parts += [f"<h2>{html.escape(heading)}</h2>{svg}" for heading, svg in charts]
+    parts += [f"<h2>{html.escape(heading)}</h2>{svg}" for heading, svg in pictures]
     parts.append(f"<script>{SCRIPT}</script></body></html>\n")
     return "".join(parts)
 
@@ -154,26 +136,8 @@ def span(spot: Spot, first: bool) -> str:
 def histogram(depths: np.ndarray, loops: int) -> str:
     """How many tokens stop after each pass, as a picture."""
     counts = np.bincount(depths, minlength=loops + 1)[1:]
-    bars = [Bar(str(n), c / counts.sum(), c / counts.sum(), c / counts.sum()) for n, c in enumerate(counts, 1)]
-    return bar_chart(bars, 1.0, "share of tokens", "{:.0%}")
-
-
-def bar_chart(bars: list[Bar], most: float, unit: str, form: str = "{:.2f}") -> str:
-    """Horizontal bars with their intervals, as inline SVG."""
-    height, left, width = 26, 150, 420
-    lines = [f'<svg viewBox="0 0 {left + width + 90} {height * len(bars) + 24}" role="img" '
-             f'aria-label="{html.escape(unit)}">']  # fmt: skip
-    for number, bar in enumerate(bars):
-        y = number * height
-        end, low, high = (left + width * v / most for v in (bar.mean, bar.low, bar.high))
-        lines.append(f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{html.escape(bar.name[:22])}</text>')
-        lines.append(f'<rect class="bar" x="{left}" y="{y + 4}" width="{max(0.0, end - left):.1f}" height="18"/>')
-        if bar.high > bar.low:
-            lines.append(f'<path class="mark" d="M{low:.1f} {y + 13}H{high:.1f}M{low:.1f} {y + 8}v10M{high:.1f} '
-                         f'{y + 8}v10"/>')  # fmt: skip
-        lines.append(f'<text x="{max(high, end) + 8:.1f}" y="{y + 17}">{form.format(bar.mean)}</text>')
-    lines.append(f'<text x="{left}" y="{height * len(bars) + 16}">{html.escape(unit)}</text></svg>')
-    return "".join(lines)
+    bars = [charts.Bar(str(n), c / counts.sum(), c / counts.sum(), c / counts.sum()) for n, c in enumerate(counts, 1)]
+    return charts.bar_chart(bars, 1.0, "share of tokens", "{:.0%}")
 
 
 def write_png(path: Path, documents: list[Shown], loops: int, before: bool = False, columns: int = 88) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,8 +34,7 @@ from golf.objective import Objective
 FOLDER, KEPT, SCHEMA = "states", 2, 1
 
 
-@dataclass
-class Loop:
+class Loop(NamedTuple):
     """What a step of training reads and changes."""
 
     model: RecurrentGPT
@@ -137,11 +137,11 @@ class Keeper:
         if config.run.resume:
             self.stored = newest(folder)
 
-    def begin(self, loop: Loop) -> None:
+    def begin(self, *parts: object) -> None:
         """Before the first step: go on where the newest checkpoint ends, if the run is resumed. Raises UsageError."""
         if self.stored is None:
             return
-        tensors, told = self.stored
+        loop, (tensors, told) = Loop(*parts), self.stored
         for key, name in (("fingerprint", "configuration"), ("seed", "seed"), ("corpus", "text"),
                           ("world", "number of ranks"), ("dtype", "number type"), ("max_steps", "number of steps"),
                           ("seconds", "number of seconds")):  # fmt: skip
@@ -157,10 +157,16 @@ class Keeper:
                      "code_changed": changed})  # fmt: skip
         self.stored = None
 
-    def after_step(self, loop: Loop) -> None:
-        """Write a checkpoint where one is due, off the clock; a disk that is full ends no run."""
+    def after_step(self, *parts: object) -> None:
+        """Write a checkpoint where one is due."""
+        if self.every and Loop(*parts).result.steps % self.every == 0:
+            self.keep(*parts)
+
+    def keep(self, *parts: object) -> None:
+        """Write a checkpoint, off the clock, of a run that wants any; a disk that is full ends no run."""
+        loop = Loop(*parts)
         step = loop.result.steps
-        if not self.every or step % self.every:
+        if not self.every or not step:
             return
         from safetensors.torch import save
 
@@ -176,6 +182,11 @@ class Keeper:
                     old.unlink()
             except OSError as error:
                 self.report({"event": "not-kept", "step": step, "reason": error.strerror or str(error)})
+
+
+    def clear(self) -> None:
+        """Delete the checkpoints of a run that has ended well."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def newest(folder: Path) -> tuple[dict[str, Tensor], dict]:
@@ -197,20 +208,14 @@ def newest(folder: Path) -> tuple[dict[str, Tensor], dict]:
     raise UsageError(f"--run.resume {folder}: {damaged or 'there is no checkpoint, begin with --run.keep-every'}.")
 
 
-def folder_to_resume(config: Config) -> Path:
-    """The run folder that --run.resume names. Raises UsageError for one that has ended, or is none."""
+def resumed(config: Config) -> tuple[Path, Config]:
+    """The run folder that --run.resume names, and the configuration with the number type it was begun with, which a
+    machine chooses by a measurement. Raises UsageError for a run that has ended, or is none."""
     folder = Path(config.run.resume)
     if not (folder / "log.jsonl").exists():
         raise UsageError(f"--run.resume {folder}: it is no run folder.")
-    if (folder / "submission.json").exists():
-        status = records.read(folder).status
-        if status != "interrupted":
-            raise UsageError(f"--run.resume {folder}: the run has ended ({status}), begin another.")
-    return folder
-
-
-def as_stored(config: Config) -> Config:
-    """The configuration with the number type of the run that is resumed: what a machine chooses may vary."""
-    told = newest(folder_to_resume(config))[1]
+    if (folder / "submission.json").exists() and (status := records.read(folder).status) != "interrupted":
+        raise UsageError(f"--run.resume {folder}: the run has ended ({status}), begin another.")
+    told = newest(folder)[1]
     chosen = config.run.dtype == "auto" and told.get("dtype") in ("float32", "bfloat16")
-    return replace(config, run=replace(config.run, dtype=told["dtype"])) if chosen else config
+    return folder, replace(config, run=replace(config.run, dtype=told["dtype"])) if chosen else config

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -11,11 +9,11 @@ from pathlib import Path
 
 from golf import records
 from golf.config import UsageError
-from golf.journal import is_locked
+from golf.journal import is_locked, parsed
 from golf.records import Record
 
 TAIL = 1 << 16  # bytes of a log that its end is looked for in
-LEFTOVERS = ("checkpoint.safetensors", "hessians.safetensors")
+LEFTOVERS = ("checkpoint.safetensors", "hessians.safetensors", "states")
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,10 @@ def end_of(log: Path) -> tuple[str, str]:
     with open(log, "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
         lines = file.read().splitlines()
-    last: dict = {}
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            last = json.loads(line)
-            break
-    if isinstance(last, dict) and last.get("event") == "failed":
+    last = next(filter(None, map(parsed, reversed(lines))), {})
+    if last.get("event") == "failed":
         return "crash", str(last.get("error", ""))[:200]
-    steps = last.get("step", last.get("steps")) if isinstance(last, dict) else None
+    steps = last.get("step", last.get("steps"))
     return "lost", f"the log ends at step {steps}" if steps else "the log ends before the first step"
 
 

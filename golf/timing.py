@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from golf.config import Config, Run, kinds_of_steps
+from golf.config import Config, Recipe, Run, kinds_of_steps
 from golf.journal import processor
 from golf.machine import accumulate, compile_model, set_up, warm_up
 from golf.model import RecurrentGPT
@@ -58,21 +59,36 @@ def step_time(config: Config, steps: int = 5) -> float:
     return sorted(stepper.step() for _ in range(steps))[steps // 2]
 
 
-def paces(configs: dict[str, Config], rounds: int = 7) -> dict[str, str]:
-    """For each configuration what --run.pace says of it here: least milliseconds of each kind of step, all kinds of all
-    configurations in turn, so that a machine that changes its pace hits them alike."""
+# What of a recipe leaves the work of a step as it is.
+IDLE = ("loader", "matrix_rate", "embed_rate", "scalar_rate", "shared_rate", "momentum", "momentum_start",
+        "momentum_warmup", "matrix_decay", "embed_decay", "decay_taper", "warmdown", "rate_floor", "adam_beta1",
+        "adam_beta2", "adam_epsilon", "embed_std", "qk_gain", "matrix_init", "embed_spectrum", "noise_from",
+        "noise_step", "halt_penalty", "halt_warmup", "target_depth", "prior_weight", "prior_hazard", "gate_bias")  # fmt: skip
+
+
+def paces(configs: dict[str, Config], rounds: int = 25) -> dict[str, str]:
+    """For each configuration what --run.pace says of it here: median milliseconds of each kind of step, all kinds of
+    all configurations in turn, so that a machine that changes its pace hits them alike. Those that compute the same
+    share one measurement."""
     torch._dynamo.reset()
-    steppers = {name: Stepper(config) for name, config in configs.items()}
-    kinds = {name: kinds_of_steps(c.shape, c.recipe) for name, c in configs.items()}
-    least: dict[tuple, float] = {}
+    usual = Recipe()
+    alike = {name: replace(c.recipe, **{key: getattr(usual, key) for key in IDLE}) for name, c in configs.items()}
+    keys = {name: (c.shape, alike[name], c.run.dtype, c.run.compile) for name, c in configs.items()}
+    steppers: dict[tuple, Stepper] = {}
+    for name, config in configs.items():
+        if keys[name] not in steppers:
+            steppers[keys[name]] = Stepper(config)
+    took: dict[tuple, list[float]] = {}
     for _ in range(rounds):
-        for name, stepper in steppers.items():
-            for length, loops in kinds[name]:
-                key = (name, loops, length)
-                least[key] = min(least.get(key, float("inf")), stepper.step(loops, length))
+        for key, stepper in steppers.items():
+            for length, loops in kinds_of_steps(stepper.config.shape, stepper.config.recipe):
+                took.setdefault((key, loops, length), []).append(stepper.step(loops, length))
     return {
-        name: ",".join(f"{loops}x{length}={1e3 * least[name, loops, length]:.1f}" for length, loops in kinds[name])
-        for name in configs
+        name: ",".join(
+            f"{loops}x{length}={1e3 * statistics.median(took[keys[name], loops, length]):.1f}"
+            for length, loops in kinds_of_steps(c.shape, c.recipe)
+        )
+        for name, c in configs.items()
     }
 
 

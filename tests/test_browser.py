@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from golf import map_page
+from golf import charts, map_page
 from tests import browser
 from tests.browser import Browser, contrast
 
@@ -30,11 +30,11 @@ def drawn(tmp_path_factory) -> Path:
     losses = (3.0, 2.5, 2.25, 2.2)
     spots = [map_page.Spot(text, n % 4 + 1, (n + 2) % 4 + 1, losses, 0.5) for n, text in enumerate(PIECES)]
     documents = [map_page.Shown("a text", spots), map_page.Shown("<b>another</b>", spots)]
-    bars = [map_page.Bar("code", 2.1, 2.0, 2.2), map_page.Bar("poetry", 1.5, 1.2, 1.9)]
-    charts = [("Tokens by loops", map_page.histogram(np.array([s.loops for s in spots]), 4)),
-              ("Loops a token by topic", map_page.bar_chart(bars, 4, "loops"))]  # fmt: skip
+    bars = [charts.Bar("code", 2.1, 2.0, 2.2), charts.Bar("poetry", 1.5, 1.2, 1.9)]
+    pictures = [("Tokens by loops", map_page.histogram(np.array([s.loops for s in spots]), 4)),
+                ("Loops a token by topic", charts.bar_chart(bars, 4, "loops"))]  # fmt: skip
     path = tmp_path_factory.mktemp("page") / "depth.html"
-    path.write_text(map_page.page("What it thinks longer about", "a model", 4, documents, charts), "utf-8")
+    path.write_text(map_page.page("What it thinks longer about", "a model", 4, documents, pictures), "utf-8")
     return path
 
 
