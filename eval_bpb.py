@@ -28,7 +28,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import tyro
 
-from golf import evidence, prove, records, submission, validation
+from golf import evidence, folders, prove, records, submission, validation
 from golf.bpb import Score
 from golf.config import TRACKS, UsageError
 from golf.console import parse, run_script
@@ -46,17 +46,6 @@ def data_folder(record: records.Record, given: str) -> Path:
     return Path(given or os.environ.get("DATA_PATH") or f"data/{record.corpus}")
 
 
-def folder_sha256(folder: Path) -> str:
-    """Of the names and bytes of all counted files."""
-    from golf import folders
-
-    digest = hashlib.sha256()
-    for path in folders.counted(folder):
-        data = path.read_bytes()
-        digest.update(f"{path.relative_to(folder)}\0{len(data)}\0".encode() + data)
-    return digest.hexdigest()
-
-
 def judge(
     folder: Path, data: Path, official: bool = False, off: frozenset[int] = frozenset(), claims: bool = True,
     limits: Limits | None = None,
@@ -70,7 +59,7 @@ def judge(
     sheet, limits = Sheet(off), limits or Limits(entry.limits.eval_seconds)
     verdict = {
         "folder": str(folder), "track": entry.record.track, "official_truncation": official,
-        "folder_sha256": folder_sha256(folder), "machine": f"{platform.processor() or platform.machine()}, "
+        "folder_sha256": folders.sha256_of(folder), "machine": f"{platform.processor() or platform.machine()}, "
         f"{os.cpu_count()} cores, Python {platform.python_version()}",
     }  # fmt: skip
     try:
@@ -117,7 +106,7 @@ def score_text(
     moved = "not run"
     if not {14, 15, 16} <= sheet.off:
         moved = fresh_process(referee, entry.folder, limits, data)
-    claimed = entry.record.val_bpb
+    claimed = entry.record.claimed_bpb
     if claims and claimed is not None and not official:
         off = abs(claimed / score.bpb - 1)
         sheet.see(16, off <= evidence.CLAIM, f"it claims {claimed} bits a byte, its scorer gives {score.bpb:.5f}")
@@ -128,7 +117,7 @@ def score_text(
     evidence.stored_text(entry, text, corpus, sheet)
     evidence.certain_runs(referee.ledger.scores, text.tokens, corpus, sheet)
     artifact = entry.folder / "model.bin"
-    measured = evidence.folders.sizes(entry.folder)
+    measured = folders.sizes(entry.folder)
     return {
         "val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens, "val_bytes": score.bytes,
         "eval_seconds": round(limits.scoring, 3), "probe_seconds": round(limits.probing, 3), "corpus": text.corpus,
@@ -170,7 +159,7 @@ def prove_folder(folder: Path, data: Path, documents: int, tokens: int) -> dict:
     same = done.returncode == 0 and done.stdout.strip() == prove.digest(sample.rows)
     seen = sum(len(text.tokenizer.decode(r)) for r in sample.rows)
     result = prove.report(sample, seen, len(packed), nats, same, time.monotonic() - began)
-    write_verdict(folder, {"folder_sha256": folder_sha256(folder), "proof": result})
+    write_verdict(folder, {"folder_sha256": folders.sha256_of(folder), "proof": result})
     return result
 
 

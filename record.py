@@ -4,6 +4,9 @@
     python record.py show FOLDER [--json]
     python record.py compare RUN... --against RUN... [--planned N] [--json]
     python record.py report FOLDER [--against RUN] [--output PAGE.html]
+    python record.py submit RUN RUN RUN... --name NAME --author WHO --github-id ID
+    python record.py verify FOLDER [--data DIR]
+    python record.py watch FOLDER                               follow a run from another terminal
     python record.py leaderboard [--runs DIR]
     python record.py clean [--runs DIR] [--yes]
     python record.py sample FOLDER --prompt TEXT [--exit RULE --threshold X]
@@ -149,6 +152,17 @@ def report(folder: Positional[str], against: str = "", output: str = "") -> int:
     return 0
 
 
+def watch(folder: Positional[str]) -> int:
+    """Follow a run until it ends. Exit 0 when it leaves a record, 1 when its writer is gone without one.
+
+    Args:
+        folder: A run folder.
+    """
+    from golf import live
+
+    return live.watch(Path(folder))
+
+
 def leaderboard(runs: str = "runs") -> int:
     """Write RUNS/LEADERBOARD.md from every scored run; corpora and tracks are never mixed.
 
@@ -163,6 +177,59 @@ def leaderboard(runs: str = "runs") -> int:
         if run.record is None:
             print(f"left out: {run.folder.name}: {run.status} {run.reason}".rstrip(), file=sys.stderr)
     return 0
+
+
+def submit(
+    folders: Positional[tuple[str, ...]], name: str = "", author: str = "", github_id: str = "", blurb: str = "",
+    hardware: str = "", against: tuple[str, ...] = (), root: str = "records", verify: bool = True, data: str = "",
+) -> int:  # fmt: skip
+    """Write the contest's folder, records/TRACK/DATE_Name/, from three or more judged runs, and verify it.
+
+    Example: record.py submit runs/A runs/B runs/C --name "Looped Blocks" --author "Ada" --github-id ada
+
+    Args:
+        folders: Run folders, each another seed of one configuration.
+        name: Name of the record.
+        author: Who made it.
+        github_id: Their GitHub name.
+        blurb: A sentence on the method; the runs' own when empty.
+        hardware: What it ran on; the processor of the first run when empty.
+        against: Run folders of the record to be beaten, for the table of significance.
+        root: Folder to write to.
+        verify: Have the referee run the folder's scorer apart.
+        data: Prepared data for that; data/CORPUS of the runs when empty.
+    """
+    from golf import contest
+
+    about = contest.About(name, author, github_id, blurb, hardware)
+    target = contest.submit([Path(f) for f in folders], about, Path(root), [Path(f) for f in against])
+    print(f"written: {target}")
+    for run in run_list.others([Path(f) for f in folders], {records.read(Path(folders[0])).fingerprint}):
+        print(f"left out, of the same configuration: {run.folder.name} ({run.status})", file=sys.stderr)
+    return verified(target, data, False) if verify else 0
+
+
+def verify(folder: Positional[str], data: str = "", json: bool = False) -> int:
+    """Check a submission or run folder: its files' hashes, lint, the referee's verdict. Exit 1 where it does not hold.
+
+    Args:
+        folder: A folder that submit wrote, or a run folder.
+        data: Prepared data; data/CORPUS of the record when empty.
+        json: Print one JSON object.
+    """
+    return verified(Path(folder), data, json)
+
+
+def verified(folder: Path, data: str, as_json: bool) -> int:
+    from golf import contest
+
+    found = contest.verify(folder, data, lambda line: print(line, file=sys.stderr))
+    if as_json:
+        print(dumps(found))
+    else:
+        score = "no score" if found["val_bpb"] is None else f"{found['val_bpb']:.5f} bpb"
+        print(f"verified: {score}, {'holds' if found['holds'] else str(len(found['faults'])) + ' faults'}")
+    return 0 if found["holds"] else 1
 
 
 def clean(runs: str = "runs", yes: bool = False, json: bool = False) -> int:
@@ -243,7 +310,8 @@ def sample(arguments: SampleArguments) -> int:
 def main() -> int:
     if sys.argv[1:2] == ["sample"]:
         return sample(parse(tyro.cli, SampleArguments, prog="record.py sample", args=sys.argv[2:]))
-    commands = {"list": list_runs, "show": show, "compare": compare, "report": report,
+    commands = {"list": list_runs, "show": show, "compare": compare, "report": report, "submit": submit,
+                "verify": verify, "watch": watch,
                 "leaderboard": leaderboard, "clean": clean, "sample": SampleArguments}  # fmt: skip
     return parse(tyro.extras.subcommand_cli_from_dict, commands, prog="record.py")
 

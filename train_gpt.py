@@ -306,11 +306,13 @@ def quantization_penalty(
 
 def main() -> int:
     import budget
-    from golf import bundle, journal, presets, records, resume
+    from golf import bundle, journal, presets, records, report, resume, track
 
     config = presets.parse_command_line(sys.argv[1:])
     config.check(int(os.environ.get("WORLD_SIZE", 1)))
     folder = Path(config.run.runs) / records.folder_name(config)
+    if config.run.track == "trackio":
+        track.require_trackio()
     if config.run.resume:
         folder, config = resume.resumed(config)
     corpus = Corpus(config.run.data)
@@ -320,8 +322,8 @@ def main() -> int:
     machine = set_up(config)
     if machine.rank == 0 and not config.run.resume:
         records.create_folder(folder)
-    with Interrupt().watched() as interrupt, journal.Journal(folder, config, machine.rank) as log:
-        log.write(journal.start_row(config, corpus, machine.__dict__))
+    with Interrupt().watched() as interrupt, journal.Journal(folder, machine.rank) as log:
+        log.write(journal.start_row(folder, config, corpus, machine.__dict__, len(code["train_gpt.py"])))
         keeper = resume.Keeper(folder, config, corpus, machine, log.write)
         result = train(config, corpus, machine, interrupt, log.write, keeper)
         if machine.rank == 0:
@@ -352,6 +354,9 @@ def main() -> int:
             if record.status == "complete":
                 keeper.clear()
             log.close_with(record)
+            report.write(folder)
+            if config.run.track == "trackio":
+                track.mirror(folder, config)
     if machine.rank > 0:
         return 0  # a launcher ends all ranks when one fails, and rank 0 may still be writing
     return {"complete": 0, "interrupted": 130}.get(record.status, 1)

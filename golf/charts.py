@@ -19,6 +19,7 @@ h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margi
 .faint { color: var(--faint); font-size: .9rem; }
 svg { max-width: 100%; height: auto; } svg text { fill: var(--ink); font: 13px system-ui, sans-serif; }
 svg .bar { fill: #4292c6; } svg .mark { stroke: var(--ink); stroke-width: 1.5; fill: none; }
+.legend { display: flex; flex-wrap: wrap; gap: 0 .9rem; font-size: .85rem; }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .curve { fill: none; stroke-width: 1.8; }
 """
 INKS = ("var(--one)", "var(--two)", "var(--three)", "var(--four)")
@@ -81,7 +82,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     step = 10 ** math.floor(math.log10((high - low) / most))
     step *= next(f for f in (1, 2, 5, 10) if (high - low) / (step * f) <= most)
     first = math.ceil(low / step - 1e-9)
-    return [n * step for n in range(first, int(high / step + 1e-9) + 1)]
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def short(value: float) -> str:
@@ -102,7 +103,7 @@ def thinned(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
 
 
 def line_chart(curves: list[Curve], across: str, up: str) -> str:
-    """Curves over common axes with a legend above them; nothing where there is no finite point."""
+    """Curves over common axes under their legend; nothing where there is no finite point."""
     kept = []
     for c in curves:
         pairs = [(a, b) for a, b in zip(c.x, c.y, strict=True) if math.isfinite(a) and math.isfinite(b)]
@@ -111,7 +112,7 @@ def line_chart(curves: list[Curve], across: str, up: str) -> str:
             kept.append((c, *thinned(x, y)))
     if not kept:
         return ""
-    left, top, width, height = 58, 26, 560, 220
+    left, top, width, height = 54, 8, 400, 190
     x_low, x_high = min(min(x) for _, x, _ in kept), max(max(x) for _, x, _ in kept)
     y_low, y_high = min(min(y) for _, _, y in kept), max(max(y) for _, _, y in kept)
     x_high, y_high = (high if high > low else low + 1 for low, high in ((x_low, x_high), (y_low, y_high)))
@@ -125,18 +126,18 @@ def line_chart(curves: list[Curve], across: str, up: str) -> str:
     for v in ticks(x_low, x_high):
         lines.append(f'<text x="{at_x(v):.1f}" y="{top + height + 18}" text-anchor="middle">{short(v)}</text>')
     lines.append(f'<text x="{left + width}" y="{top + height + 36}" text-anchor="end">{html.escape(across)}</text>')
-    place = left
+    legend = []
     for c, x, y in kept:
-        path = "L".join(f"{at_x(a):.1f} {at_y(b):.1f}" for a, b in zip(x, y, strict=True))
-        look = f'stroke="{INKS[c.ink % len(INKS)]}"' + (' stroke-dasharray="5 4"' if c.dashed else "")
-        lines.append(f'<path class="curve" {look} d="M{path}"/>')
+        ink = INKS[c.ink % len(INKS)]
+        look = f'stroke="{ink}"' + (' stroke-dasharray="5 4"' if c.dashed else "")
         if c.dots or len(x) == 1:
-            lines += [f'<circle cx="{at_x(a):.1f}" cy="{at_y(b):.1f}" r="3.5" fill="{INKS[c.ink % len(INKS)]}"/>'
+            lines += [f'<circle cx="{at_x(a):.1f}" cy="{at_y(b):.1f}" r="3.5" fill="{ink}"/>'
                       for a, b in zip(x, y, strict=True)]  # fmt: skip
-        name = html.escape(c.name[:36])
-        lines.append(f'<path class="curve" {look} d="M{place} 12h22"/><text x="{place + 27}" y="16">{name}</text>')
-        place += 45 + 7 * len(c.name[:36])
-    return "".join(lines) + "</svg>"
+        path = "L".join(f"{at_x(a):.1f} {at_y(b):.1f}" for a, b in zip(x, y, strict=True))
+        lines.append(f'<path class="curve" {look} d="M{path}"/>')
+        legend.append(f'<span><svg width="24" height="10" viewBox="0 0 24 10"><path class="curve" {look} d="M0 5h24"/>'
+                      f"</svg> {html.escape(c.name)}</span>")  # fmt: skip
+    return f'<div class="legend">{"".join(legend)}</div>{"".join(lines)}</svg>'
 
 
 def treemap(tiles: list[Tile]) -> str:

@@ -216,6 +216,8 @@ class Run:
     pace: str = ""
     """What the clock counts in place of seconds, for comparisons on a busy machine: milliseconds of a step as
     LOOPSxLENGTH=MS,... (`golf.ablate` measures them)."""
+    track: Literal["none", "trackio"] = "none"
+    """Mirror the finished run's log to trackio's store on this machine."""
     validate_every: int = 0
     """Steps between looks at the validation loss, outside the clock; 0 is only at the end."""
     log_every: int = 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from pathlib import Path
 from golf.config import UsageError
 
 # Files that describe a run and that its scorer never sees; all else is counted.
-UNCOUNTED = {"README.md", "submission.json", "verdict.json", "report.html", "tokenizer.model", "log.jsonl", "train.log",
-             "checkpoint.safetensors", "hessians.safetensors"}  # fmt: skip
+UNCOUNTED = {"README.md", "submission.json", "verdict.json", "report.html", "tokenizer.model", "log.jsonl",
+             "train.log", "requirements.txt", "checkpoint.safetensors", "hessians.safetensors"}  # fmt: skip
 UNCOUNTED_FOLDERS = {"source", "states"}
 CODE_SUFFIXES = {".py", ".zip"}
 
@@ -60,6 +61,15 @@ def sizes(folder: Path) -> Sizes:
         totals[kind] += size
         files[str(path.relative_to(folder))] = size
     return Sizes(totals["code"], totals["weights"], totals["other"], files)
+
+
+def sha256_of(folder: Path) -> str:
+    """Of the names and bytes of all counted files."""
+    digest = hashlib.sha256()
+    for path in counted(folder):
+        data = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()
 
 
 def copy_counted(folder: Path, target: Path) -> None:

@@ -2,7 +2,8 @@
 
     python eval_bpb.py lint FOLDER... [--against FOLDER] [--json]
 
-Purely static: scripts are parsed, never run. Knows both families of public logs: the baseline's (step:S/I ...
+Purely static: scripts are parsed, never run. A folder of another track of ours is held to that track's limits, and to
+the validation text that it names. Knows both families of public logs: the baseline's (step:S/I ...
 train_time:Xms, Total submission size ..., final_..._exact val_loss: val_bpb:) and the later one (S/I train_loss: ...
 train_time: Xm, quantized... val_loss: val_bpb: eval_time:, total_eval_time:).
 """
@@ -19,10 +20,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from golf.config import UsageError
+from golf.config import TRACKS, UsageError
 from golf.stats import NATS, P_VALUE, PRACTICE, welch
 
-CAP, TRAIN_MS, EVAL_SECONDS = 16_000_000, 600_000, 600.0
 LINE_LIMIT = 1 << 16  # bytes of a line that are looked at
 TOKENS = {  # targets of the validation set by export, whole rows and with the tail
     62_021_632: "sp1024", 62_021_845: "sp1024 with the tail", 45_508_608: "sp4096", 40_540_160: "sp8192",
@@ -148,6 +148,7 @@ class Linter:
         self.folder, self.findings = folder, []
         self.values: dict = {}
         self.logs: list[Log] = []
+        self.limits, self.texts = TRACKS["contest"], dict.fromkeys(TOKENS, VALIDATION_BYTES)
 
     def say(self, level: str, file: Path | str, line: int, text: str) -> None:
         self.findings.append(Finding(level, str(file), line, text))
@@ -183,13 +184,19 @@ class Linter:
             self.values = {}
             self.say("error", path, 0, f"it is not JSON ({str(error)[:80]})")
             return
+        track = self.values.get("track")
+        if track in TRACKS and track != "contest":
+            self.limits, self.texts = TRACKS[track], {}
+            if all(isinstance(self.number(key), float) for key in ("val_tokens", "val_bytes")):
+                self.texts = {int(self.number("val_tokens")): self.number("val_bytes")}
         for keys, level in ((REQUIRED, "error"), (WANTED, "warning")):
             for key in keys:
                 if self.get(key) in (None, ""):
                     self.say(level, path, 0, f"the key {key} is missing")
         total = self.number("bytes_total")
-        if total is not None and total > CAP:
-            self.say("error", path, self.line_of(path, "bytes_total"), f"{total:,.0f} bytes exceed {CAP:,}")
+        cap = self.limits.bytes_cap
+        if total is not None and total > cap:
+            self.say("error", path, self.line_of(path, "bytes_total"), f"{total:,.0f} bytes exceed {cap:,}")
         p, gain = self.number("p_value"), self.number("improvement_nats")
         if p is not None and p >= P_VALUE:
             text = f"p is {p:g}, the rule asks for less than {P_VALUE} (in practice {PRACTICE} was accepted)"
@@ -239,24 +246,26 @@ class Linter:
             self.check_log(log)
 
     def check_log(self, log: Log) -> None:
+        cap, train_ms = self.limits.bytes_cap, 1e3 * self.limits.train_seconds
         for total, line in log.totals[-1:]:
-            if total > CAP:
-                unit = ", but fit 16 MiB: the cap is decimal" if total <= 16 << 20 else ""
-                self.say("error", log.path, line, f"{total:,} bytes in all exceed {CAP:,}{unit}")
+            if total > cap:
+                unit = ", but fit 16 MiB: the cap is decimal" if cap == 16_000_000 and total <= 16 << 20 else ""
+                self.say("error", log.path, line, f"{total:,} bytes in all exceed {cap:,}{unit}")
         for size, line in log.mebibytes[-1:]:
             if 15.2588 < size <= 16:
                 self.say("error", log.path, line, f"{size} MiB are {size * 2**20:,.0f} bytes: the cap is decimal")
-        over = [(ms, line) for ms, line in log.train_ms if ms > TRAIN_MS]
+        over = [(ms, line) for ms, line in log.train_ms if ms > train_ms]
         for ms, line in over[-1:]:
-            self.say("error", log.path, line, f"{ms:,.0f} ms of training exceed {TRAIN_MS:,}")
+            self.say("error", log.path, line, f"{ms:,.0f} ms of training exceed {train_ms:,.0f}")
         for ms, line in log.eval_ms:
-            if ms > EVAL_SECONDS * 1e3:
-                self.say("error", log.path, line, f"{ms / 1e3:,.1f} s of evaluation exceed {EVAL_SECONDS:g}")
+            if ms > self.limits.eval_seconds * 1e3:
+                allowed = f"{self.limits.eval_seconds:g}"
+                self.say("error", log.path, line, f"{ms / 1e3:,.1f} s of evaluation exceed {allowed}")
         for count, line in log.tokens[-1:]:
-            if count not in TOKENS:
-                near = min(TOKENS, key=lambda n: abs(n - count))
-                self.say("error", log.path, line, f"{count:,} validation tokens are no known set; {TOKENS[near]} has "
-                                                  f"{near:,}")  # fmt: skip
+            if self.texts and count not in self.texts:
+                near = min(self.texts, key=lambda n: abs(n - count))
+                self.say("error", log.path, line, f"{count:,} validation tokens are no known set; "
+                                                  f"{TOKENS.get(near, 'the one told')} has {near:,}")  # fmt: skip
             elif count == 63_779_840:
                 self.say("warning", log.path, line, "63,779,840 validation tokens are the older sp1024 export")
         if not log.finals:
@@ -275,9 +284,9 @@ class Linter:
             self.say("error", path, line, f"val_bpb is {bpb:g}")
             return
         each = loss / math.log(2) / bpb
-        known = [tokens] if tokens in TOKENS else list(TOKENS)
-        if not any(abs(each * n / VALIDATION_BYTES - 1) < BYTES_OFF for n in known):
-            nearest = min((VALIDATION_BYTES / n for n in known), key=lambda right: abs(right - each))
+        known = [tokens] if tokens in self.texts else list(self.texts)
+        if known and not any(abs(each * n / self.texts[n] - 1) < BYTES_OFF for n in known):
+            nearest = min((self.texts[n] / n for n in known), key=lambda right: abs(right - each))
             self.say("error", path, line, f"loss {loss:g} and bpb {bpb:g} imply {each:.4f} bytes a token; the text "
                                           f"has {nearest:.4f}")  # fmt: skip
 

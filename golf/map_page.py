@@ -56,7 +56,7 @@ STYLE = charts.STYLE + """
   padding: .5rem .75rem; min-height: 4.2rem; font-size: .9rem; }
 #panel b { font-family: ui-monospace, monospace; white-space: pre; }
 fieldset { border: 1px solid var(--line); border-radius: 6px; display: inline-block; margin: .5rem 0; }
-.legend { display: flex; flex-wrap: wrap; gap: .75rem; margin: .5rem 0; }
+.legend { gap: .75rem; margin: .5rem 0; font-size: 1rem; }
 .legend i { display: inline-block; width: 1.2rem; height: 1.2rem; border-radius: 2px; vertical-align: middle;
   -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 @media print { #panel, fieldset { display: none; } body { max-width: none; } .text { font-size: 10pt; } }

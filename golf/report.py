@@ -16,7 +16,7 @@ from golf import charts, folders, records
 from golf.charts import Bar, Curve, Tile, bar_chart, line_chart, treemap
 from golf.config import UsageError
 from golf.files import write_bytes
-from golf.journal import read_log
+from golf.log_file import read_log
 from golf.records import Record
 from golf.shape import Shape, tensor_class
 
@@ -31,6 +31,7 @@ th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px soli
 .failed::before { content: "\\2717  "; color: var(--two); }
 .good { color: var(--three); } .bad { color: var(--two); font-weight: 600; }
 code { font: .85rem ui-monospace, monospace; overflow-wrap: anywhere; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 0 1.5rem; }
 figure { margin: 1rem 0; break-inside: avoid; }
 figcaption { color: var(--faint); font-size: .85rem; }
 @media print { body { max-width: none; font-size: 11pt; } h2 { break-after: avoid; } }
@@ -174,30 +175,41 @@ def named(name: str, both: list[Told], number: int) -> str:
 
 
 def learning(both: list[Told]) -> list[str]:
-    """Loss over seconds and over tokens, with what it is in bits a byte, and the scores that were measured."""
-    parts = ["<h2>Learning</h2>"]
+    """Loss, and bits a byte, over seconds and over tokens, with the scores that were measured."""
+    pictures = []
     for key, across in (("elapsed", "seconds of training"), ("tokens", "tokens")):
         curves, scores = [], []
         for number, told in enumerate(both):
-            steps, record = told.of("step"), told.record
-            curves.append(Curve(named("training loss", both, number), column(steps, key), column(steps, "loss"),
-                                number, number > 0))  # fmt: skip
-            place = {row.get("step"): row.get(key) for row in steps}
-            looks = [(place.get(r.get("step")), r.get("val_bpb"), r.get("val_loss")) for r in told.of("validation")]
-            end = steps[-1].get(key) if steps else None
-            if record.unpacked_val_bpb is not None:
-                looks.append((end, record.unpacked_val_bpb, record.unpacked_val_loss))
-            looks = [look for look in looks if all(isinstance(v, (int, float)) for v in look)]
-            if looks:
-                x, bpb, loss = (list(v) for v in zip(*looks, strict=True))
-                curves.append(Curve(named("validation loss", both, number), x, loss, number + 2, number > 0, dots=True))
-                scores.append(Curve(named("validation", both, number), x, bpb, number, number > 0, dots=True))
-            if record.val_bpb is not None and end is not None:
-                name = named("packed, judged", both, number)
-                scores.append(Curve(name, [end], [record.val_bpb], number + 2, dots=True))
-        parts.append(figure(line_chart(curves, across, "nats a token"), f"Nats a token over {across}."))
-        parts.append(figure(line_chart(scores, across, "bits a byte"), f"Bits a byte over {across}."))
-    return parts
+            steps, record, dashed = told.of("step"), told.record, number > 0
+            x, loss = column(steps, key), column(steps, "loss")
+            curves.append(Curve(named("training loss", both, number), x, loss, number, dashed))
+            if record.val_tokens and record.val_bytes:
+                bits = record.val_tokens / record.val_bytes / math.log(2)
+                scores.append(Curve(named("training text", both, number), x, [v * bits for v in loss], number, dashed))
+            for name, chart, looks in (("validation loss", curves, measured(told, key, 1)),
+                                       ("validation", scores, measured(told, key, 0))):  # fmt: skip
+                if looks:
+                    chart.append(Curve(named(name, both, number), *map(list, zip(*looks, strict=True)), number + 2,
+                                       dashed, dots=True))  # fmt: skip
+        pictures.append(figure(line_chart(curves, across, "nats a token"), f"Nats a token over {across}."))
+        told_how = "the training text's at the validation text's bytes a token, the last dot of the packed artifact"
+        pictures.append(figure(line_chart(scores, across, "bits a byte"), f"Bits a byte over {across}: {told_how}."))
+    return ["<h2>Learning</h2>", grid(pictures)]
+
+
+def measured(told: Told, key: str, which: int) -> list[tuple[float, float]]:
+    """(place, score) of every look at the validation text, bits a byte (0) or nats a token (1); the packed one last."""
+    steps, record = told.of("step"), told.record
+    place = {row.get("step"): row.get(key) for row in steps}
+    looks = [(place.get(r.get("step")), (r.get("val_bpb"), r.get("val_loss"))) for r in told.of("validation")]
+    end = steps[-1].get(key) if steps else None
+    looks += [(end, (record.unpacked_val_bpb, record.unpacked_val_loss)), (end, (record.val_bpb, record.val_loss))]
+    known = [(x, values[which]) for x, values in looks]
+    return [look for look in known if all(isinstance(v, (int, float)) for v in look)]
+
+
+def grid(pictures: list[str]) -> str:
+    return f'<div class="figures">{"".join(pictures)}</div>'
 
 
 def pace(both: list[Told]) -> list[str]:
@@ -213,11 +225,11 @@ def pace(both: list[Told]) -> list[str]:
         took = [1e3 * batch / ms if ms else math.nan for ms in column(steps, "ms")]
         speed.append(Curve(named("tokens/s", both, number), x, took, number, number > 0))
     across = "seconds of training"
-    return [
-        "<h2>Schedule and speed</h2>", figure(line_chart(rates, across, "share"), "Learning rate over the clock."),
+    return ["<h2>Schedule and speed</h2>", grid([
+        figure(line_chart(rates, across, "share"), "Learning rate over the clock."),
         figure(line_chart(loops, across, "loops"), "Passes through the core."),
         figure(line_chart(speed, across, "tokens/s"), "Tokens a second, step by step."),
-    ]
+    ])]  # fmt: skip
 
 
 def health(told: Told) -> list[str]:
@@ -226,7 +238,7 @@ def health(told: Told) -> list[str]:
     place = {row.get("step"): row.get("elapsed") for row in steps}
     across = "seconds of training"
     gradient = Curve("gradient norm", column(steps, "elapsed"), column(steps, "gradient_norm"))
-    parts = ["<h2>Health</h2>", figure(line_chart([gradient], across, "norm"), "Gradient norm, before clipping.")]
+    parts = [figure(line_chart([gradient], across, "norm"), "Gradient norm, before clipping.")]
     told_of = (
         ("state_norms", passes, "Norm a channel of the state after each pass.", "pass"),
         ("state_cosines", passes, "Cosine between the states after neighbouring passes.", "to pass"),
@@ -234,7 +246,7 @@ def health(told: Told) -> list[str]:
     )
     for key, rows, caption, word in told_of:
         lists = [(place.get(r.get("step")), r[key]) for r in rows if isinstance(r.get(key), list)]
-        lists = [(x, values) for x, values in lists if isinstance(x, (int, float))]
+        lists = [(x, v) for x, v in lists if all(isinstance(n, (int, float)) for n in (x, *v))]
         count = max((len(values) for _, values in lists), default=0)
         first = 2 if key == "state_cosines" else 1
         curves = [
@@ -244,7 +256,7 @@ def health(told: Told) -> list[str]:
         parts.append(figure(line_chart(curves, across, key.replace("_", " ")), caption))
     depth = Curve("mean depth", column(steps, "elapsed"), column(steps, "mean_depth"))
     parts.append(figure(line_chart([depth], across, "passes"), "Mean passes of a token, by the gate."))
-    return parts
+    return ["<h2>Health</h2>", grid(parts)]
 
 
 def kind_of(name: str) -> str:

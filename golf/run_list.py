@@ -9,7 +9,7 @@ from pathlib import Path
 
 from golf import records
 from golf.config import UsageError
-from golf.journal import is_locked, parsed
+from golf.log_file import is_locked, parsed
 from golf.records import Record
 
 TAIL = 1 << 16  # bytes of a log that its end is looked for in

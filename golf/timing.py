@@ -59,11 +59,14 @@ def step_time(config: Config, steps: int = 5) -> float:
     return sorted(stepper.step() for _ in range(steps))[steps // 2]
 
 
-# What of a recipe leaves the work of a step as it is.
-IDLE = ("loader", "matrix_rate", "embed_rate", "scalar_rate", "shared_rate", "momentum", "momentum_start",
-        "momentum_warmup", "matrix_decay", "embed_decay", "decay_taper", "warmdown", "rate_floor", "adam_beta1",
-        "adam_beta2", "adam_epsilon", "embed_std", "qk_gain", "matrix_init", "embed_spectrum", "noise_from",
-        "noise_step", "halt_penalty", "halt_warmup", "target_depth", "prior_weight", "prior_hazard", "gate_bias")  # fmt: skip
+# What of a recipe leaves the work of a step of some length and number of passes as it is.
+IDLE = (
+    "loader", "short_length", "short_until", "loops_from", "matrix_rate", "embed_rate", "scalar_rate", "shared_rate",
+    "momentum", "momentum_start", "momentum_warmup", "matrix_decay", "embed_decay", "decay_taper", "warmdown",
+    "rate_floor", "adam_beta1", "adam_beta2", "adam_epsilon", "embed_std", "qk_gain", "matrix_init", "embed_spectrum",
+    "noise_from", "noise_step", "halt_penalty", "halt_warmup", "target_depth", "prior_weight", "prior_hazard",
+    "gate_bias",
+)  # fmt: skip
 
 
 def paces(configs: dict[str, Config], rounds: int = 25) -> dict[str, str]:
@@ -75,13 +78,18 @@ def paces(configs: dict[str, Config], rounds: int = 25) -> dict[str, str]:
     alike = {name: replace(c.recipe, **{key: getattr(usual, key) for key in IDLE}) for name, c in configs.items()}
     keys = {name: (c.shape, alike[name], c.run.dtype, c.run.compile) for name, c in configs.items()}
     steppers: dict[tuple, Stepper] = {}
+    kinds: dict[tuple, set[tuple[int, int]]] = {}
     for name, config in configs.items():
         if keys[name] not in steppers:
             steppers[keys[name]] = Stepper(config)
+        kinds.setdefault(keys[name], set()).update(kinds_of_steps(config.shape, config.recipe))
+    for key, stepper in steppers.items():
+        for length, loops in kinds[key]:
+            stepper.step(loops, length)  # compiled where the first of them did not need it
     took: dict[tuple, list[float]] = {}
     for _ in range(rounds):
         for key, stepper in steppers.items():
-            for length, loops in kinds_of_steps(stepper.config.shape, stepper.config.recipe):
+            for length, loops in kinds[key]:
                 took.setdefault((key, loops, length), []).append(stepper.step(loops, length))
     return {
         name: ",".join(

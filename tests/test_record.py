@@ -128,7 +128,7 @@ def test_a_run_that_is_written_is_running_and_nobody_else_may_write_it(tmp_path)
     place.mkdir()
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom golf.journal import Journal\n"
-        "from golf.presets import PRESETS\nwith Journal(Path(sys.argv[1]), PRESETS['smoke'], 0):\n"
+        "with Journal(Path(sys.argv[1]), 0):\n"
         "    print('open', flush=True)\n    time.sleep(60)\n"
     )
     writer = subprocess.Popen([sys.executable, "-c", script, str(place)], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -1,0 +1,64 @@
+"""A run's log on disk: who writes it, and what stands in it. No torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TextIO
+
+from golf.config import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def lock(file: TextIO) -> bool:
+    """Take a file for this process until it ends; False when another has it. Systems without such locks always do."""
+    for _ in range(5):  # a reader that looks whether the file is taken holds it for a moment
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.02)
+    return False
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process that still lives writes this log."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except OSError:
+            return True
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log as far as they are whole; steps that a resumed run took again stand once, as they stand now.
+    Raises UsageError for a file that cannot be read."""
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}).") from error
+    rows: list[dict] = []
+    for line in lines:
+        row = parsed(line)
+        if row.get("event") == "resumed":
+            rows = [r for r in rows if not (isinstance(r.get("step"), int) and r["step"] > row.get("step", 0))]
+        if row:
+            rows.append(row)
+    return rows
+
+
+def parsed(line: bytes | str) -> dict:
+    """A log's line as an object; an empty one where it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
