@@ -169,7 +169,7 @@ def contest_log(run: Path, record: Record, code: int) -> str:
     lines = ["Hyperparameters:"]
     for part in ("shape", "recipe", "pack", "scoring"):
         lines += [f"  {part}_{key}: {value}" for key, value in (record.config.get(part) or {}).items()]
-    lines += [f"  seed: {record.seed}", "", f"command: {' '.join(map(str, start.get('command', [])))}",
+    lines += [f"  seed: {record.seed}", "=" * 100, f"command: {' '.join(map(str, start.get('command', [])))}",
               f"environment: {json.dumps(record.environment)}"]  # fmt: skip
     steps = [row for row in rows if row.get("event") == "step"]
     for row in steps:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from golf import charts, map_page
+from golf import charts, map_page, report
 from tests import browser
 from tests.browser import Browser, contrast
+from tests.conftest import ROOT
 
 pytestmark = [
     pytest.mark.slow, pytest.mark.skipif(browser.PROGRAM is None, reason="no Chromium is installed here"),
@@ -111,3 +112,48 @@ def test_a_telephone_needs_no_scrolling_sideways(opened, drawn, tmp_path):
     opened.open(drawn, width=360, height=740)
     assert opened.run("document.scrollingElement.scrollWidth") <= 360
     opened.photograph(tmp_path / "telephone.png")
+
+
+# == the run's page ================================================================================================
+
+
+@pytest.fixture(scope="module")
+def run_page(tmp_path_factory) -> Path:
+    """The page of the run kept in this repository, against itself."""
+    kept = next((ROOT / "runs").glob("*laptop-seed1*"))
+    return report.write(kept, kept, tmp_path_factory.mktemp("run") / "report.html")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_runs_page_has_its_parts_and_complains_of_nothing(opened, run_page, scheme, tmp_path):
+    opened.media(scheme)
+    opened.open(run_page, height=3000)
+    assert opened.faults() == []
+    headings = opened.run("[...document.querySelectorAll('h2')].map(e => e.textContent.split(':')[0])")
+    assert headings[1:] == ["Learning", "Schedule and speed", "Health", "Bytes", "What packing costs", "Verdict",
+                            "Where it comes from"]  # fmt: skip
+    assert opened.run("[...document.querySelectorAll('figure svg[role=img]')].length") >= 10
+    paths = opened.run("[...document.querySelectorAll('svg path.curve')].map(e => e.getAttribute('d'))")
+    assert paths and not any("nan" in path or "inf" in path for path in paths)
+    for selector in ("h1", "figcaption", "td", ".good", ".headline li"):
+        assert contrast(opened, selector) >= 4.5, (scheme, selector)
+    opened.photograph(tmp_path / f"run-{scheme}.png")
+
+
+def test_a_runs_page_reads_on_a_telephone_and_on_paper(opened, run_page, tmp_path):
+    opened.media()
+    opened.open(run_page, width=360, height=740)
+    assert opened.run("document.scrollingElement.scrollWidth") <= 360
+    opened.photograph(tmp_path / "run-telephone.png")
+    opened.media("light", "print")
+    opened.open(run_page)
+    assert opened.call("Page.printToPDF")["data"]
+
+
+def test_a_hand_opens_every_option(opened, run_page):
+    opened.media()
+    opened.open(run_page)
+    shown = "document.querySelector('details').open"
+    assert opened.run(shown) is False
+    opened.click("summary")
+    assert opened.run(shown) is True and "shape.vocab_size" in opened.run("document.body.innerText")
