@@ -1,6 +1,7 @@
 """Variants against each other at equal time, pace, steps, training FLOPs or bytes, seed by seed.
 
     python -m golf.ablate FILE.toml [--pairs] [--table]
+    python -m golf.ablate --space FILE.toml [--pairs]           a search: see golf/search.py
     python -m golf.ablate --preset laptop --data data/english --equal steps --amount 400 --seeds 1 2 \
         --variants control= "leaky=--shape.activation leaky-relu2" --results mine.jsonl
 
@@ -336,6 +337,8 @@ class Arguments:
 
     file: tyro.conf.Positional[str] = ""
     """A plan in TOML; without one the options below are the plan."""
+    space: str = ""
+    """A search in TOML: options and their ranges, tried for short, the better ones for longer."""
     preset: str = ""
     """Preset that is varied."""
     data: str = "data/builtin"
@@ -381,14 +384,28 @@ def plan_of(arguments: Arguments) -> tuple[Plan, Path]:
 
 def main() -> int:
     arguments = parse(tyro.cli, Arguments, prog="python -m golf.ablate")
+    if arguments.space:
+        from golf import search
+
+        return search.main(Path(arguments.space), arguments.pairs, arguments.table)
     plan, results = plan_of(arguments)
+    if arguments.table:
+        print(table(plan, read_rows(results)))
+        return 0
+    rows = carry_out(plan, results, arguments.pairs, arguments.most)
+    print(table(plan, rows))
+    return 0
+
+
+def carry_out(plan: Plan, results: Path, pairs: bool, most: int = 0) -> list[dict]:
+    """Run what the results lack, at most `most` runs if that is not 0; returns all rows. Raises UsageError."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    width = 2 if arguments.pairs and len(cores) >= 2 else 1
+    width = 2 if pairs and len(cores) >= 2 else 1
     if plan.equal == "pace":
         plan = with_paces(plan, results.with_suffix(".pace.json"), cores[: len(cores) // width])
     rows = read_rows(results)
-    todo = [] if arguments.table else wanted(plan, rows)
-    todo = todo[: arguments.most] if arguments.most else todo
+    todo = wanted(plan, rows)
+    todo = todo[:most] if most else todo
     for at in range(0, len(todo), width):
         part = todo[at : at + width]
         for number, (variant, seed) in enumerate(part):
@@ -398,8 +415,7 @@ def main() -> int:
             rows.append(row)
             told = row.get("reason") or "" if bpb_of(row) is None else f"{bpb_of(row):.4f} bpb, {row['steps']} steps"
             print(f"    {row['variant']}, seed {row['seed']}: {told}{' (void)' if void(row) else ''}", flush=True)
-    print(table(plan, rows))
-    return 0
+    return rows
 
 
 def side_by_side(plan: Plan, part: list[tuple[str, int]], cores: list[int]) -> list[dict]:

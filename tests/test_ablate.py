@@ -87,7 +87,7 @@ def test_the_table_pairs_seeds_and_leaves_void_runs_out(tmp_path, corpus):
 
     def of(variant: str, seed: int, bpb: float, **more: object) -> dict:
         config = ablate.configuration(plan, variant, seed)
-        words = [*ablate.words_of(plan, variant, seed), *ablate.budget_flags(plan, config)]
+        words = [*ablate.words_of(plan, variant, seed), *ablate.budget_flags(plan, variant, config)]
         return row(variant, seed, bpb, fingerprint=config.fingerprint, flags=words, judge=False, **more)
 
     rows = [of(v, s, b) for v, s, b in (
@@ -112,7 +112,7 @@ def test_a_variant_may_name_data_of_its_own(tmp_path, corpus):
 def test_equal_flops_gives_steps_by_the_work_of_each(tmp_path, corpus):
     plan = ablate.read_plan(plan_file(tmp_path, corpus, "flops", 1e12))
     config = ablate.configuration(plan, "control", 1)
-    (_, steps) = ablate.budget_flags(plan, config)
+    (_, steps) = ablate.budget_flags(plan, "control", config)
     assert int(steps) == round(1e12 / ablate.step_flops(config))
 
 
