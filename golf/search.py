@@ -234,7 +234,8 @@ def picture(title: str, found: list[tuple], good: dict[str, dict[str, Value]]) -
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head><body>'
         f'<h1>{html.escape(title)}</h1><p class="faint">Every configuration at its longest run: a line over its '
-        f"options to its bits a byte; the better the darker.</p>{svg}<table><tr>{head}</tr>{rows}</table></body></html>\n"
+        f"options to its bits a byte; the better the darker.</p>{svg}"
+        f"<table><tr>{head}</tr>{rows}</table></body></html>\n"
     )  # fmt: skip
 
 
