@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The artifact: weights to bytes and back, and a folder's bytes against the cap. None of it imports torch.
 
 python artifact.py check FOLDER [--json]

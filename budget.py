@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Before training: bytes, FLOPs, steps and memory of a configuration, without torch.
 
 python budget.py PRESET [flags] [--json] [--machine NAME]
@@ -177,6 +178,9 @@ def fit_command(arguments: list[str]) -> int:
     """budget.py fit [--track T] [--unique N[,N]] [--loops N[,N]] [--width N[,N]] [--vocab N] [--machine M] [--json]"""
     from golf.presets import PRESETS
 
+    if {"-h", "--help"} & set(arguments):
+        print(f"{fit_command.__doc__}\n\n{FIT_NOTES}")
+        return 0
     as_json = "--json" in arguments
     arguments = [a for a in arguments if a != "--json"]
     track = take_option(arguments, "--track", "contest")

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Adaptive depth: how many loops tokens take, by topic with intervals and controls, and drawn on the text.
 
     python depth_map.py split DOCS.jsonl OUT [--formulaic]      training and held-out documents, equal bytes a topic
@@ -405,6 +406,11 @@ def draw(a: MapArguments) -> dict:
     }
 
 
+COMMANDS = {
+    "split": split, "gate": gate, "frontier": FrontierArguments, "topics": TopicsArguments, "map": MapArguments,
+}  # fmt: skip
+
+
 def main() -> int:
     words = sys.argv[1:]
     if words[:1] == ["topics"]:
@@ -432,10 +438,7 @@ def main() -> int:
         if asked.json:
             print(dumps(found))
         return 0
-    commands = {
-        "split": split, "gate": gate, "frontier": FrontierArguments, "topics": TopicsArguments, "map": MapArguments,
-    }  # fmt: skip
-    return parse(tyro.extras.subcommand_cli_from_dict, commands, prog="depth_map.py")
+    return parse(tyro.extras.subcommand_cli_from_dict, COMMANDS, prog="depth_map.py")
 
 
 if __name__ == "__main__":

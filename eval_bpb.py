@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The referee: a submission folder to bits per byte on the whole validation split, and whether the number holds.
 
     python eval_bpb.py FOLDER [--data DIR] [--official] [--json] [--retrain]

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Run folders: what was run, how runs compare, and what a packed model writes.
 
     python record.py list [--runs DIR] [--json]                 every started run, crashes too
@@ -199,10 +200,10 @@ def submit(
         verify: Have the referee run the folder's scorer apart.
         data: Prepared data for that; data/CORPUS of the runs when empty.
     """
-    from golf import contest
+    from golf import pull_request
 
-    about = contest.About(name, author, github_id, blurb, hardware)
-    target = contest.submit([Path(f) for f in folders], about, Path(root), [Path(f) for f in against])
+    about = pull_request.About(name, author, github_id, blurb, hardware)
+    target = pull_request.submit([Path(f) for f in folders], about, Path(root), [Path(f) for f in against])
     print(f"written: {target}")
     for run in run_list.others([Path(f) for f in folders], {records.read(Path(folders[0])).fingerprint}):
         print(f"left out, of the same configuration: {run.folder.name} ({run.status})", file=sys.stderr)
@@ -221,9 +222,9 @@ def verify(folder: Positional[str], data: str = "", json: bool = False) -> int:
 
 
 def verified(folder: Path, data: str, as_json: bool) -> int:
-    from golf import contest
+    from golf import pull_request
 
-    found = contest.verify(folder, data, lambda line: print(line, file=sys.stderr))
+    found = pull_request.verify(folder, data, lambda line: print(line, file=sys.stderr))
     if as_json:
         print(dumps(found))
     else:
@@ -307,13 +308,16 @@ def sample(arguments: SampleArguments) -> int:
     return 0
 
 
+COMMANDS = {
+    "list": list_runs, "show": show, "compare": compare, "report": report, "submit": submit, "verify": verify,
+    "watch": watch, "leaderboard": leaderboard, "clean": clean, "sample": SampleArguments,
+}  # fmt: skip
+
+
 def main() -> int:
     if sys.argv[1:2] == ["sample"]:
         return sample(parse(tyro.cli, SampleArguments, prog="record.py sample", args=sys.argv[2:]))
-    commands = {"list": list_runs, "show": show, "compare": compare, "report": report, "submit": submit,
-                "verify": verify, "watch": watch,
-                "leaderboard": leaderboard, "clean": clean, "sample": SampleArguments}  # fmt: skip
-    return parse(tyro.extras.subcommand_cli_from_dict, commands, prog="record.py")
+    return parse(tyro.extras.subcommand_cli_from_dict, COMMANDS, prog="record.py")
 
 
 if __name__ == "__main__":

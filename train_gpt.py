@@ -1,6 +1,9 @@
+#!/usr/bin/env python3
 """Train a depth-recurrent language model against the clock, pack it, have it judged, write the record.
 
     python train_gpt.py PRESET [flags]
+    python train_gpt.py laptop --run.data data/english --recipe.matrix-rate 0.02
+    python train_gpt.py laptop --run.resume runs/FOLDER
     torchrun --standalone --nproc_per_node=8 train_gpt.py PRESET [flags]
 
 In a run folder this file is also the submission: load_scorer(folder) returns the packed model's Scorer.

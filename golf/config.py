@@ -212,7 +212,7 @@ class Run:
     max_steps: int = 0
     """Stop after this many steps and read no clock (progress is step / max-steps); 0 trains by the clock."""
     cap: float = 0.0
-    """Training seconds, if fewer than the track's."""
+    """Training seconds, if fewer than the track's; 0 is the track's own, which `unlimited` has none of."""
     pace: str = ""
     """What the clock counts in place of seconds, for comparisons on a busy machine: milliseconds of a step as
     LOOPSxLENGTH=MS,... (`golf.ablate` measures them)."""
@@ -247,6 +247,7 @@ TRACKS = {
     "contest": Track(600.0, 600.0, 16_000_000),
     "laptop": Track(600.0, 600.0, 400_000),
     "smoke": Track(60.0, 120.0, 400_000),
+    "unlimited": Track(float("inf"), 600.0, 16_000_000),  # the contest's non-record track: no limit on training
 }
 
 
@@ -255,7 +256,7 @@ class Config:
     """One run, whole."""
 
     preset: str = "custom"
-    track: Literal["contest", "laptop", "smoke"] = "contest"
+    track: Literal["contest", "laptop", "smoke", "unlimited"] = "contest"
     """Whose limits hold."""
     shape: Shape = field(default_factory=Shape)
     recipe: Recipe = field(default_factory=Recipe)
@@ -297,6 +298,8 @@ class Config:
             require(getattr(self.run, name) >= 0, f"run.{name}", getattr(self.run, name), "give 0 or more")
         check_pace(self)
         limit = self.limits.train_seconds
+        ends = self.train_seconds < float("inf") or self.run.max_steps > 0
+        require(ends, "track", self.track, "it has no clock, give --run.max-steps or --run.cap")
         require(self.run.cap <= limit, "run.cap", self.run.cap, f"the {self.track} track allows {limit:g} s")
         return self
 

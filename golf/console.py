@@ -41,9 +41,19 @@ def parse(parser: Callable, *arguments: object, **options: object) -> object:
     except SystemExit as end:
         if end.code == 2:
             raise UsageError(fold(said.getvalue())) from None
+        if {"-h", "--help"} & set(sys.argv):
+            print("\n".join(["", "examples:", *examples(sys.modules["__main__"].__doc__ or "", sys.argv[1:])]))
         raise
     finally:
         sys.stderr.write("" if isinstance(sys.exception(), UsageError) else said.getvalue())
+
+
+def examples(about: str, words: list[str]) -> list[str]:
+    """The commands that a script's docstring shows; of a subcommand its own, where it has any."""
+    lines = [line for line in about.splitlines() if line.strip().startswith(("python ", "torchrun "))]
+    lines = [f"    {line.strip()}" for line in lines]
+    mine = [line for line in lines if words[0] in line.split()[2:4]]
+    return mine or lines
 
 
 def fold(box: str) -> str:

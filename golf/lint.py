@@ -345,6 +345,9 @@ def lint(folder: Path) -> list[Finding]:
 
 def main(words: list[str]) -> int:
     """eval_bpb.py lint FOLDER... [--against FOLDER] [--json]"""
+    if {"-h", "--help"} & set(words):
+        print(__doc__.strip())
+        return 0
     as_json = "--json" in words
     words = [w for w in words if w != "--json"]
     against = None

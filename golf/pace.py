@@ -80,7 +80,9 @@ def step_seconds(config: Config, rates: Rates, loops: int | None = None) -> floa
 
 
 def steps_in_cap(config: Config, rates: Rates) -> int:
-    """Steps until the training cap, with loops switched on where the recipe says."""
+    """Steps until the training cap, with loops switched on where the recipe says, or those that were asked for."""
+    if config.run.max_steps:
+        return config.run.max_steps
     share = config.recipe.loops_from if config.shape.loops > 1 else 0.0
     seconds = config.train_seconds
     return int(share * seconds / step_seconds(config, rates, 1) + (1 - share) * seconds / step_seconds(config, rates))

@@ -1,4 +1,10 @@
-"""Documents -> tokenizer -> shards + manifest.json. Run as `python -m golf.prepare SOURCE`.
+"""Documents -> tokenizer -> shards + manifest.json.
+
+    python -m golf.prepare builtin                                      this Python's own library
+    python -m golf.prepare english --vocab-size 4096
+    python -m golf.prepare files my_texts/ --name mine [--validation FILE]
+    python -m golf.prepare hf roneneldan/TinyStories --max-bytes 200000000
+    python -m golf.prepare contest --train-shards 80
 
 Memory is bounded whatever the size of the text: documents are spooled to a file beside the shards, and only a few
 numbers a document stay in memory. An interrupted preparation continues where it stopped.

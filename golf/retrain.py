@@ -78,7 +78,7 @@ def retrain(folder: Path, data: Path, verdict: dict, judge: Callable[[Path, Path
             "PATH": os.environ.get("PATH", ""), "HOME": "/tmp", "TMPDIR": "/tmp", "DATA_PATH": "/data",
             "MODEL_PATH": "/tmp/model.bin", "SEED": str(record.seed),
         }  # fmt: skip
-        limit = TRACKS[record.track].train_seconds * 4 + 600
+        limit = 4 * min(TRACKS[record.track].train_seconds, max(600.0, record.train_seconds)) + 600
         try:
             done = subprocess.run(
                 [*python, str(SANDBOX), spec, *python, "-c", run], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

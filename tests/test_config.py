@@ -57,8 +57,17 @@ def test_baseline_schedules_are_the_steps_of_the_real_run():
 def test_tracks():
     limits = {name: (t.train_seconds, t.eval_seconds, t.bytes_cap) for name, t in TRACKS.items()}
     assert limits == {
-        "contest": (600, 600, 16_000_000), "laptop": (600, 600, 400_000), "smoke": (60, 120, 400_000)
+        "contest": (600, 600, 16_000_000), "laptop": (600, 600, 400_000), "smoke": (60, 120, 400_000),
+        "unlimited": (float("inf"), 600, 16_000_000),
     }  # fmt: skip
+
+
+def test_a_track_without_a_clock_wants_a_number_of_steps():
+    config = parse_command_line(["baseline", "--track", "unlimited", "--run.cap", "0"])
+    with pytest.raises(UsageError, match="give --run.max-steps"):
+        config.check()
+    assert replace(config, run=Run(max_steps=5)).check().train_seconds == float("inf")
+    assert replace(config, run=Run(cap=3600.0)).check().train_seconds == 3600
 
 
 def test_fingerprint_is_of_the_configuration_and_not_of_the_seed():

@@ -4,7 +4,8 @@ import ast
 import re
 import subprocess
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, run
 
 from golf.bundle import MODULES
 from golf.presets import PRESETS
@@ -82,3 +83,27 @@ def test_the_repository_holds_no_large_files_and_no_data():
     names = [row.split("\t", 1)[1] for row in done.stdout.decode().split("\0") if row]
     assert not [n for n in names if n.endswith((".zst", "tokenizer.model")) or n.startswith("data/")]
     assert sum((ROOT / n).stat().st_size for n in names if (ROOT / n).exists()) < 15_000_000
+
+
+@pytest.mark.parametrize("command", [
+    "train_gpt.py", "train_gpt.py smoke", "artifact.py", "artifact.py pack", "budget.py", "budget.py fit",
+    "eval_bpb.py", "eval_bpb.py prove", "eval_bpb.py lint", "depth_map.py", "depth_map.py topics", "record.py",
+    "record.py submit", "-m golf.prepare", "-m golf.ablate",
+])  # fmt: skip
+def test_every_help_shows_a_command(command):
+    done = run(*command.split(), "--help")
+    words = f"python {command.split()[0]}" if command[0] != "-" else f"python {command}"
+    assert done.returncode == 0 and (words in done.stdout or "budget.py fit" in done.stdout), done.stderr
+
+
+def test_the_shell_can_complete_options_and_subcommands(tmp_path):
+    """In a real bash, on what tyro prints."""
+    done = run("record.py", "--tyro-print-completion", "bash")
+    assert done.returncode == 0
+    (tmp_path / "completion.bash").write_text(done.stdout)
+    script = (
+        f"source {tmp_path}/completion.bash; f=$(complete -p record.py | sed 's/.*-F \\([^ ]*\\).*/\\1/'); "
+        "COMP_WORDS=(record.py com); COMP_CWORD=1; $f record.py com record.py; echo ${COMPREPLY[@]}"
+    )
+    told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert "compare" in told.stdout, told.stderr

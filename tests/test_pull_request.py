@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from golf import contest, lint, records
+from golf import lint, pull_request, records
 from golf.config import UsageError
 from tests.conftest import TINY, run
 
-ABOUT = contest.About("Looped blocks", "Ada Lovelace", "ada", "Three blocks, run often.")
+ABOUT = pull_request.About("Looped blocks", "Ada Lovelace", "ada", "Three blocks, run often.")
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +72,15 @@ def test_what_is_not_ready_is_refused_and_nothing_is_left(runs, tmp_path):
         shutil.copytree(source, copy)
     root = tmp_path / "records"
 
-    def refused(said: str, folders: list[Path] = copies, about: contest.About = ABOUT) -> None:
+    def refused(said: str, folders: list[Path] = copies, about: pull_request.About = ABOUT) -> None:
         with pytest.raises(UsageError, match=said):
-            contest.submit(folders, about, root, [])
+            pull_request.submit(folders, about, root, [])
         assert not list(root.rglob("*.json"))
 
     refused("2 runs, give 3", copies[:2])
     refused("seed 1 stands twice", [copies[0], copies[0], copies[1]])
-    refused("--name", about=contest.About("../../etc", "a", "b"))
-    refused("--author", about=contest.About("n", " ", "b"))
+    refused("--name", about=pull_request.About("../../etc", "a", "b"))
+    refused("--author", about=pull_request.About("n", " ", "b"))
     with open(copies[2] / "model.bin", "ab") as file:
         file.write(b"x")
     refused("not those that were judged")
@@ -97,9 +97,9 @@ def test_what_is_not_ready_is_refused_and_nothing_is_left(runs, tmp_path):
         (copies[2] / "submission.json").write_text(json.dumps(record | change))
         refused(said)
     (copies[2] / "submission.json").write_text(json.dumps(record))
-    assert contest.submit(copies, ABOUT, root, []).is_dir()
+    assert pull_request.submit(copies, ABOUT, root, []).is_dir()
     with pytest.raises(UsageError, match="exists already"):
-        contest.submit(copies, ABOUT, root, [])
+        pull_request.submit(copies, ABOUT, root, [])
 
 
 def test_contest_names_of_a_track_are_ours(tmp_path):
