@@ -19,13 +19,14 @@ CLASSES = (
 INDEX = {name: number for number, name in enumerate(CLASSES)}
 
 FUNCTION_WORDS = frozenset(
-    """a about above across after again against all along although am among an and any are around as at be because been
-    before behind being below beneath beside between beyond both but by can could did do does doing down during each
-    either every few for from had has have he her here hers him his how i if in inside into is it its itself just less
-    many may me might mine more most much must my near neither no nor not of off on once one only onto or other our ours
-    out outside over own per same shall she should since so some such than that the their them then there these they
-    this those though through till to too toward towards under until up upon us very was we were what when where
-    whether which while who whom whose why will with within without would yet you your yours""".split()
+    """a about above across after again against all along already also although always am among an and any are around as
+    at be because been before behind being below beneath beside between beyond both but by can could did do does
+    doing down during each either ever every few for from had has have he her here hers him his how i if in inside
+    into is it its itself just less many may me might mine more most much must my near neither never no nor not of
+    off on once one only onto or other our ours out outside over own per same shall she should since so some still
+    such than that the thee their them then there these they this those thou though through thy till to too toward
+    towards under until up upon us very was we were what when where whether which while who whom whose why will with
+    within without would yet you your yours""".split()
 )
 # Forms of common verbs that are seldom nouns or adjectives.
 VERBS = frozenset(
