@@ -164,7 +164,7 @@ def train(
     model = RecurrentGPT(shape).initialize(recipe, run.seed).to(machine.device)
     optimizers = optimizers_for(model, recipe, run.overlap)
     compile_model(model, machine.compile)
-    stream = TokenStream(corpus.shards("train"))
+    stream = TokenStream(corpus.shards("train"), shape.vocab_size)
     began = time.perf_counter()
     micro_rows = warm_up_in_memory(model, optimizers, config, machine, report)
     reserve, ending = rehearse(model, config, machine, micro_rows)
@@ -180,9 +180,8 @@ def train(
     timed = Clock(config.train_seconds, min(reserve, config.train_seconds / 2), machine.largest, now)
     clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
     average, objective = WeightAverage(model, recipe.average), Objective(config)
-    state = (model, optimizers, clock, average, objective, noise, result)
     if keeper:
-        keeper.begin(*state)
+        keeper.begin(model, optimizers, clock, average, objective, noise, result)
 
     def source_from(length: int, step: int) -> Iterator:
         rows = micro_rows * recipe.sequence_length // length
@@ -193,7 +192,7 @@ def train(
         if machine.largest(interrupt.asked):
             result.status, result.reason = "interrupted", "asked to stop"
             if keeper:
-                keeper.keep(*state)
+                keeper.keep()
             break
         loops = loops_at(config, progress, result.steps)
         if recipe.length_at(progress) != length:
@@ -239,7 +238,7 @@ def train(
             report({"event": "passes", "step": result.steps, **pass_statistics(
                 model, batch[0][0][:1], machine.dtype, loops)})  # fmt: skip
         if keeper:
-            keeper.after_step(*state)
+            keeper.after_step()
         if run.validate_every and result.steps % run.validate_every == 0:
             with clock.paused():
                 score = validation_score(model, corpus, config, machine)
@@ -309,7 +308,7 @@ def quantization_penalty(
 
 def main() -> int:
     import budget
-    from golf import bundle, journal, presets, records, report, resume, track
+    from golf import bundle, journal, last_words, presets, records, report, resume, track, watchdog
 
     config = presets.parse_command_line(sys.argv[1:])
     config.check(int(os.environ.get("WORLD_SIZE", 1)))
@@ -328,18 +327,24 @@ def main() -> int:
     with Interrupt().watched() as interrupt, journal.Journal(folder, machine.rank) as log:
         log.write(journal.start_row(folder, config, corpus, machine.__dict__, len(code["train_gpt.py"])))
         keeper = resume.Keeper(folder, config, corpus, machine, log.write)
-        result = train(config, corpus, machine, interrupt, log.write, keeper)
-        if machine.rank == 0:
+        words = last_words.LastWords(folder, config, corpus, machine, log, keeper)
+        with watchdog.Watchdog(machine.rank, machine.world, words.lost) as words.dog:
             try:
-                pack(result, config, folder / "model.bin", len(code["train_gpt.py"]), log.write)
-            except UsageError as error:
-                result.status, result.reason = "crash", str(error)
-            if config.run.checkpoint:
-                records.write_checkpoint(folder, result)
-            for name, data in {**code, "tokenizer.model": corpus.tokenizer.read_bytes()}.items():
-                (folder / name).parent.mkdir(exist_ok=True)
-                write_bytes(folder / name, data)
-        unpacked = validation_score(result.model, corpus, config, machine) if result.steps else None
+                result = train(config, corpus, machine, interrupt, words.told, keeper)
+            except Exception as error:
+                words.explain(error)
+                raise
+            if machine.rank == 0:
+                try:
+                    pack(result, config, folder / "model.bin", len(code["train_gpt.py"]), log.write)
+                except UsageError as error:
+                    result.status, result.reason = "crash", str(error)
+                if config.run.checkpoint:
+                    records.write_checkpoint(folder, result)
+                for name, data in {**code, "tokenizer.model": corpus.tokenizer.read_bytes()}.items():
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    write_bytes(folder / name, data)
+            unpacked = validation_score(result.model, corpus, config, machine) if result.steps else None
         if machine.rank == 0:
             if unpacked:
                 log.write({"event": "unpacked", "val_loss": unpacked.loss, "val_bpb": unpacked.bpb})

@@ -5,9 +5,11 @@ A shard is 256 little-endian int32 (20240520, 1, token count, zeros), then that 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,10 +139,22 @@ def complete(folder: Path, request: dict) -> dict:
         return {}
 
 
+def whole(shard: np.ndarray) -> np.ndarray:
+    """The same shard, its file not cut since it was mapped: reading past a file's end would end the process. One that
+    was deleted can still be read. Raises UsageError."""
+    if isinstance(shard, np.memmap):
+        with contextlib.suppress(FileNotFoundError):
+            size = os.path.getsize(shard.filename)
+            if size < HEADER_BYTES + 2 * shard.size:
+                raise UsageError(f"Shard {shard.filename} was cut to {size:,} bytes while it was read.")
+    return shard
+
+
 class TokenStream:
     """The shards as one endless row of tokens: read in order, over and over."""
 
-    def __init__(self, shards: list[np.ndarray]):
+    def __init__(self, shards: list[np.ndarray], vocab_size: int = 1 << 16):
+        self.vocab_size = vocab_size
         self.shards = [s for s in shards if s.size]
         self.total = sum(s.size for s in self.shards)
         self.starts = np.cumsum([0] + [s.size for s in self.shards])
@@ -150,11 +164,14 @@ class TokenStream:
         parts, start = [], start % self.total
         while count > 0:
             index = int(np.searchsorted(self.starts, start, side="right")) - 1
-            part = self.shards[index][start - self.starts[index] :][:count]
+            part = whole(self.shards[index])[start - self.starts[index] :][:count]
             parts.append(part)
             count -= part.size
             start = (start + part.size) % self.total
-        return np.concatenate(parts).astype(np.int64)
+        tokens = np.concatenate(parts).astype(np.int64)
+        if (top := tokens.max()) >= self.vocab_size:
+            raise UsageError(f"A shard holds token {top}, the vocabulary ends at {self.vocab_size}: it was changed.")
+        return tokens
 
 
 def coprime_stride(rows: int) -> int:

@@ -87,6 +87,7 @@ class Journal:
             raise UsageError(f"{folder}: another process writes this run; wait for it, or give another --run.name.")
         self.shown = display() if rank == 0 else None
         self.environment: dict = {}
+        self.full = False
 
     def __enter__(self) -> Journal:
         return self
@@ -106,8 +107,13 @@ class Journal:
             return
         if row["event"] == "start":
             self.environment = row["environment"]
-        self.file.write(json.dumps(finite(row), allow_nan=False) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:  # minutes of training are worth more than the log
+            if not self.full:
+                print(f"the log cannot be written ({error.strerror}); the run goes on", file=sys.stderr, flush=True)
+            self.full = True
         self.shown.take(row)
 
     def close_with(self, record: object) -> None:

@@ -134,14 +134,16 @@ class Keeper:
             "max_steps": config.run.max_steps, "seconds": config.train_seconds, "code": code_sha256(),
         }  # fmt: skip
         self.stored: tuple[dict[str, Tensor], dict] | None = None
+        self.loop: Loop | None = None
         if config.run.resume:
             self.stored = newest(folder)
 
     def begin(self, *parts: object) -> None:
         """Before the first step: go on where the newest checkpoint ends, if the run is resumed. Raises UsageError."""
+        self.loop = loop = Loop(*parts)
         if self.stored is None:
             return
-        loop, (tensors, told) = Loop(*parts), self.stored
+        tensors, told = self.stored
         for key, name in (("fingerprint", "configuration"), ("seed", "seed"), ("corpus", "text"),
                           ("world", "number of ranks"), ("dtype", "number type"), ("max_steps", "number of steps"),
                           ("seconds", "number of seconds")):  # fmt: skip
@@ -157,14 +159,14 @@ class Keeper:
                      "code_changed": changed})  # fmt: skip
         self.stored = None
 
-    def after_step(self, *parts: object) -> None:
+    def after_step(self) -> None:
         """Write a checkpoint where one is due."""
-        if self.every and Loop(*parts).result.steps % self.every == 0:
-            self.keep(*parts)
+        if self.every and self.loop.result.steps % self.every == 0:
+            self.keep()
 
-    def keep(self, *parts: object) -> None:
+    def keep(self) -> None:
         """Write a checkpoint, off the clock, of a run that wants any; a disk that is full ends no run."""
-        loop = Loop(*parts)
+        loop = self.loop
         step = loop.result.steps
         if not self.every or not step:
             return

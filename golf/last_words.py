@@ -1,0 +1,74 @@
+"""What a run that cannot go on leaves: its last good weights, a record that says why, and a sentence."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from golf import records
+from golf.config import Config, UsageError
+from golf.data import Corpus
+from golf.journal import Journal
+from golf.machine import Machine, is_out_of_memory
+from golf.resume import Keeper
+from golf.watchdog import Watchdog
+
+
+@dataclass
+class LastWords:
+    """Knows the run; its keeper knows the loop once that has begun."""
+
+    folder: Path
+    config: Config
+    corpus: Corpus
+    machine: Machine
+    log: Journal
+    keeper: Keeper
+    saved: bool = False
+    dog: Watchdog | None = None
+
+    def __post_init__(self) -> None:
+        self.one_at_a_time = threading.Lock()
+
+    def told(self, row: dict) -> None:
+        """An event of training: logged, and known to the watchdog."""
+        self.log.write(row)
+        self.dog.note(row)
+
+    def lost(self, names: str) -> None:
+        """From the watchdog's thread: other ranks are gone; the lowest that is left saves what there is."""
+        self.log.write({"event": "failed", "error": names})
+        if self.dog.heir:
+            self.save(names)
+
+    def save(self, reason: str) -> str:
+        """Write weights and record, once; returns what was saved, as the end of a sentence."""
+        with self.one_at_a_time:
+            loop = self.keeper.loop
+            if self.saved or loop is None or not loop.result.steps:
+                return ""
+            self.saved = True
+            loop.result.status, loop.result.reason = "crash", reason
+            records.write_checkpoint(self.folder, loop.result)
+            records.write(self.folder, records.from_run(
+                self.folder, self.config, self.corpus, loop.result, None, self.log.environment, {}
+            ))  # fmt: skip
+            return f"; the weights after step {loop.result.steps} are in {self.folder}/checkpoint.safetensors"
+
+    def explain(self, error: Exception) -> None:
+        """The main thread's error, of training: who is lost is said where communication failed; memory that ran out and
+        faults of the data become a sentence. Raises UsageError, or returns for the error to be raised as it is."""
+        if isinstance(error, UsageError):
+            saved = self.save(str(error)) if self.machine.rank == 0 else ""
+            raise UsageError(str(error).rstrip(".") + saved + ".") from error
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            step = self.keeper.loop.result.steps + 1 if self.keeper.loop else 0
+            saved = self.save(f"out of memory in step {step}") if self.machine.rank == 0 else ""
+            raise UsageError(
+                f"Memory ran out in step {step}: give a smaller --run.micro-rows or --recipe.batch-tokens{saved}."
+            ) from error
+        if isinstance(error, RuntimeError):
+            self.dog.failed()
+        if self.machine.rank == 0:
+            self.save(f"{type(error).__name__}: {error}"[:300])

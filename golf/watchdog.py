@@ -1,0 +1,155 @@
+"""Several ranks watch each other: one that has died or stalled is named within seconds, and all end.
+
+Each rank's thread tells the launcher's store every second that it lives, what step it is at, and whether its main
+thread waits for the others; a rank whose beat stops is dead, one that does not wait while all others do is stalled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+BEAT = 1.0  # seconds between two signs of life
+PATIENCE = 15.0  # seconds without one
+SOON = 3.0  # the same, once communication has failed
+SLOWEST = 3.0  # times the longest step so far that a rank may take for one
+WAITING = ("distributed_c10d.py", "overlap.py")  # where a rank waits for others
+
+
+class Beat(NamedTuple):
+    """What a rank says of itself."""
+
+    count: int
+    step: int
+    waits: bool
+    since: float
+    """Seconds that step and waiting have been as they are."""
+    pid: int
+    host: str
+
+
+def in_a_collective(thread: int) -> bool:
+    """Whether a thread waits for other ranks, by where it is."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(WAITING):
+            return True
+        frame = frame.f_back
+    return False
+
+
+class Watchdog:
+    """Watches the other ranks from a thread while a run lasts; `bark` is told once, in that thread, of those that are
+    lost, and the process then ends with 1."""
+
+    def __init__(self, rank: int, world: int, bark: Callable[[str], None]):
+        self.rank, self.world, self.bark = rank, world, bark
+        self.step, self.training, self.longest, self.step_began = 0, False, 0.0, time.monotonic()
+        self.patience = PATIENCE
+        self.ended = threading.Event()
+        self.main = threading.get_ident()
+        self.last: dict[int, tuple[Beat, float]] = {}
+        self.gone: set[int] = set()
+
+    def __enter__(self) -> Watchdog:
+        if self.world > 1:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self.store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+            self.thread = threading.Thread(target=self.watch, daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+        if self.world > 1:
+            with contextlib.suppress(RuntimeError):  # the store may have gone with the launcher
+                self.store.set(f"golf/done/{self.rank}", "1")
+            self.thread.join(timeout=2 * BEAT)
+
+    def note(self, row: dict) -> None:
+        """An event of training, on every rank."""
+        if row["event"] == "step":
+            now = time.monotonic()
+            if self.step:
+                self.longest = max(self.longest, now - self.step_began)
+            self.step, self.step_began, self.training = row["step"], now, True
+        elif row["event"] == "trained":
+            self.training = False
+
+    def watch(self) -> None:
+        """The thread: beat, look at the others, until the run ends."""
+        count, state, since = 0, None, time.monotonic()
+        while not self.ended.wait(BEAT):
+            here = (self.step, in_a_collective(self.main))
+            if here != state:
+                state, since = here, time.monotonic()
+            count += 1
+            beat = Beat(count, *here, time.monotonic() - since, os.getpid(), socket.gethostname())
+            try:
+                self.store.set(f"golf/beat/{self.rank}", json.dumps(beat))
+                lost = self.look(beat)
+            except RuntimeError as error:
+                if self.ended.is_set():
+                    return
+                lost = {-1: f"the launcher's store does not answer ({str(error).splitlines()[0][:80]})"}
+            if lost:
+                self.end(lost)
+
+    def look(self, mine: Beat) -> dict[int, str]:
+        """The ranks that are lost, and how it is known."""
+        now, lost = time.monotonic(), {}
+        for rank in range(self.world):
+            if rank == self.rank or self.store.check([f"golf/done/{rank}"]):
+                continue
+            if not self.store.check([f"golf/beat/{rank}"]):
+                continue  # it has not begun
+            beat = Beat(*json.loads(self.store.get(f"golf/beat/{rank}")))
+            if rank not in self.last or self.last[rank][0].count != beat.count:
+                self.last[rank] = (beat, now)
+            elif now - self.last[rank][1] > self.patience:
+                lost[rank] = f"it has not answered for {now - self.last[rank][1]:.0f} s"
+        patience = max(PATIENCE, SLOWEST * self.longest)
+        if not lost and self.training and mine.waits and mine.since > patience:
+            others = {rank: beat for rank, (beat, _) in self.last.items()}
+            busy = {r: b for r, b in others.items() if not b.waits and b.since > patience}
+            if busy and all(b.waits or r in busy for r, b in others.items()):
+                lost = {r: f"it has stood in step {b.step + 1} for {b.since:.0f} s" for r, b in busy.items()}
+        return lost
+
+    def failed(self) -> None:
+        """Communication has failed in the main thread: who is gone is soon known, and then this process ends; returns
+        where nobody is."""
+        if self.world > 1:
+            self.patience = SOON
+            time.sleep(PATIENCE + SOON)
+
+    def end(self, lost: dict[int, str]) -> None:
+        """Say who is lost, let `bark` save what there is, end those that hang on this host, and this process."""
+        self.gone = set(lost)
+        names = "; ".join(f"rank {r}: {why}" if r >= 0 else why for r, why in lost.items())
+        print(f"error: the run cannot go on; {names}.", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):  # whatever is wrong with the disk, the process must end
+            self.bark(names)
+        for rank in lost:
+            beat = self.last[rank][0] if rank in self.last else None
+            if beat and beat.host == socket.gethostname():
+                with contextlib.suppress(OSError):
+                    os.kill(beat.pid, signal.SIGKILL)
+        sys.stdout.flush()
+        os._exit(1)
+
+    @property
+    def heir(self) -> bool:
+        """Whether this is the lowest rank that is left, which saves what there is."""
+        return self.rank == min(r for r in range(self.world) if r not in self.gone)

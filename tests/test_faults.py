@@ -1,0 +1,269 @@
+"""Faults while training, with real processes: what is said and how soon, what survives, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from golf import run_list
+from golf.checkpoint import read_tensors
+from golf.log_file import read_log
+from tests.conftest import ROOT, TINY, run
+
+pytestmark = pytest.mark.slow
+NAMED_WITHIN = 30.0  # seconds until a lost rank is named
+LONG = ("--run.max-steps", "100000", "--run.log-every", "1", "--run.no-judge", "--recipe.loops-from", "0")
+
+
+class Launched:
+    """A run in a session of its own, its output read as it comes, with the time of each line."""
+
+    def __init__(self, corpus: Path, runs: Path, ranks: int, *more: object, before: object = None):
+        words = ["train_gpt.py", "smoke", *TINY, *LONG, "--run.data", corpus, "--run.runs", runs, "--run.name", "fault",
+                 *more]  # fmt: skip
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [*(start if ranks > 1 else [sys.executable]), *map(str, words)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.runs, self.lines = runs, []
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                        text=True, start_new_session=True, preexec_fn=before)  # fmt: skip
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append((time.monotonic(), line))
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.tree():
+            process.kill()
+        self.process.wait()
+
+    def tree(self) -> list[psutil.Process]:
+        try:
+            me = psutil.Process(self.process.pid)
+            return [*me.children(recursive=True), me]
+        except psutil.NoSuchProcess:
+            return []
+
+    def rank(self, number: int) -> psutil.Process:
+        """The process of a rank."""
+        return next(p for p in self.tree() if p.environ().get("RANK") == str(number) and "train_gpt.py" in p.cmdline())
+
+    def reaches(self, step: int, seconds: float = 180) -> None:
+        self.says("step ", seconds, lambda line: line.startswith("step") and int(line.split()[1]) >= step)
+
+    def says(self, words: str, seconds: float = 60, test: object = None) -> float:
+        """Wait for a line; the time it came."""
+        end, at = time.monotonic() + seconds, 0
+        while time.monotonic() < end:
+            while at < len(self.lines):
+                when, line = self.lines[at]
+                at += 1
+                if (test or (lambda text: words in text))(line):
+                    return when
+            time.sleep(0.05)
+        raise AssertionError(f"it did not say {words!r}: {''.join(line for _, line in self.lines[-30:])}")
+
+    def ends(self, seconds: float = 90) -> int:
+        code = self.process.wait(timeout=seconds)
+        self.reader.join(timeout=10)
+        return code
+
+    @property
+    def folder(self) -> Path:
+        (found,) = self.runs.glob("*-fault")
+        return found
+
+    @property
+    def text(self) -> str:
+        return "".join(line for _, line in self.lines)
+
+    def nothing_half_written(self) -> None:
+        assert not [p for p in self.folder.rglob("*") if p.name.endswith(".part")]
+        for path in self.folder.glob("*.json"):
+            json.loads(path.read_text())
+
+
+def steps_of(folder: Path) -> int:
+    return max(r["step"] for r in read_log(folder / "log.jsonl") if r["event"] == "step")
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "submission.json").read_text())
+
+
+# == a rank dies or stalls =========================================================================================
+
+
+@pytest.mark.parametrize(("ranks", "lost", "how"), [
+    (2, 1, signal.SIGKILL), (2, 0, signal.SIGKILL), (2, 1, signal.SIGSTOP), (2, 0, signal.SIGSTOP),
+    (4, 2, signal.SIGKILL), (4, 3, signal.SIGSTOP),
+])  # fmt: skip
+def test_a_rank_that_is_lost_is_named_and_all_end(corpus, tmp_path, ranks, lost, how):
+    with Launched(corpus, tmp_path, ranks) as run_:
+        run_.reaches(5)
+        run_.rank(lost).send_signal(how)
+        began = time.monotonic()
+        assert run_.says(f"rank {lost}: it has not answered") - began < NAMED_WITHIN
+        assert run_.ends() != 0 and not [p for p in run_.tree() if p.is_running()]
+        run_.nothing_half_written()
+        assert steps_of(run_.folder) >= 5
+        record = record_of(run_.folder)
+        assert record["status"] == "crash" and f"rank {lost}" in record["reason"] and record["steps"] >= 5
+        weights = read_tensors(run_.folder / "checkpoint.safetensors")[1]
+        assert all(np.isfinite(w).all() for w in weights.values())
+
+
+def test_a_rank_that_stands_still_while_others_wait_is_named(corpus, tmp_path):
+    """Its threads live, so that it answers: the main thread hangs, in reading a file that never comes."""
+    script = (
+        "import os, sys, time\nsys.argv = sys.argv[1:]\nfrom golf import data\nplain = data.TokenStream.read\n"
+        "def read(stream, start, count):\n"
+        "    read.count = getattr(read, 'count', 0) + 1\n"
+        "    if os.environ['RANK'] == '1' and read.count > 40:\n        time.sleep(600)\n"
+        "    return plain(stream, start, count)\n"
+        "data.TokenStream.read = read\nimport train_gpt\nfrom golf.console import run_script\n"
+        "code = run_script(train_gpt.main)\nos._exit(code)\n"
+    )
+    hangs = tmp_path / "hangs.py"
+    hangs.write_text(script)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(hangs), "train_gpt.py",
+        "smoke", *TINY, *LONG, "--run.data", str(corpus), "--run.runs", str(tmp_path),
+    ]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode != 0 and "rank 1: it has stood in step" in done.stderr, done.stderr[-3000:]
+
+
+def test_all_ranks_killed_leave_a_log_and_checkpoints_to_go_on_from(corpus, tmp_path):
+    with Launched(corpus, tmp_path, 2, "--run.keep-every", 3) as run_:
+        run_.reaches(8)
+        for process in run_.tree():
+            process.kill()
+        run_.ends()
+        assert [r.status for r in run_list.started(tmp_path)] == ["lost"]
+        run_.nothing_half_written()
+        folder = run_.folder
+    with Launched(corpus, tmp_path, 2, "--run.keep-every", 3, "--run.resume", folder) as again:
+        assert again.says("resumed after step")
+        again.reaches(12)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_ends_all_with_what_there_is(corpus, tmp_path, how):
+    with Launched(corpus, tmp_path, 2, "--pack.calibration-batches", 0) as run_:
+        run_.reaches(5)
+        os.killpg(run_.process.pid, how) if how == signal.SIGINT else run_.process.send_signal(how)
+        assert run_.ends() != 0
+        run_.nothing_half_written()
+        record = record_of(run_.folder)
+        assert record["status"] == "interrupted" and record["steps"] >= 5 and (run_.folder / "model.bin").exists()
+
+
+# == data, memory, disk, numbers ===================================================================================
+
+
+def copy_of(corpus: Path, place: Path) -> Path:
+    import shutil
+
+    shutil.copytree(corpus, place / "data")
+    return place / "data"
+
+
+def test_a_shard_that_is_deleted_goes_on_being_read(corpus, tmp_path):
+    data = copy_of(corpus, tmp_path)
+    with Launched(data, tmp_path, 1) as run_:
+        run_.reaches(3)
+        for path in data.glob("train_*.bin"):
+            path.unlink()
+        run_.reaches(12)
+        run_.process.send_signal(signal.SIGTERM)
+        assert run_.ends() == 130 and record_of(run_.folder)["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("fault", ["cut", "changed"])
+def test_a_shard_that_is_spoilt_during_the_run_is_named_and_the_weights_are_kept(corpus, tmp_path, fault):
+    data = copy_of(corpus, tmp_path)
+    with Launched(data, tmp_path, 1) as run_:
+        run_.reaches(3)
+        for path in data.glob("train_*.bin"):
+            with open(path, "r+b") as file:
+                if fault == "cut":
+                    file.truncate(5000)
+                else:
+                    file.seek(1024)
+                    file.write(b"\xff" * (path.stat().st_size - 1024))
+        said = "was cut to 5,000 bytes" if fault == "cut" else "it was changed"
+        run_.says(said)
+        assert run_.ends() == 2 and "Traceback" not in run_.text
+        assert record_of(run_.folder)["status"] == "crash" and (run_.folder / "checkpoint.safetensors").exists()
+
+
+def test_memory_that_runs_out_in_a_later_step_is_a_sentence_and_keeps_the_weights(corpus, tmp_path):
+    with Launched(corpus, tmp_path, 1) as run_:
+        run_.reaches(20)
+        process = psutil.Process(run_.process.pid)
+        process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 1_000_000, -1))
+        # Freed blocks are kept for later, so that a run in its stride needs none: longer rows come with the loops.
+        code = run_.ends(20) if run_.process.poll() is not None else None
+        if code is None:
+            pytest.skip("the run needs no new memory in its stride on this system")
+        assert code == 2 and "Memory ran out in step" in run_.text and "Traceback" not in run_.text
+
+
+def test_memory_that_is_too_small_from_the_start_is_a_sentence(corpus, tmp_path):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (1_450_000_000, resource.RLIM_INFINITY))
+
+    rows = ("--recipe.batch-tokens", 4_194_304, "--recipe.sequence-length", 1024)
+    with Launched(corpus, tmp_path, 1, *rows, before=limit) as run_:
+        assert run_.ends(120) in (1, 2)
+        assert "fit in memory" in run_.text or "Memory ran out" in run_.text, run_.text[-2000:]
+
+
+def test_a_full_disk_costs_the_log_and_not_the_run(corpus, tmp_path):
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+
+    more = ("--run.max-steps", 2500, "--pack.calibration-batches", 0, "--run.log-every", 500)
+    with Launched(corpus, tmp_path, 1, *more, before=limit) as run_:
+        assert run_.ends(300) == 0, run_.text[-2000:]
+        assert "the log cannot be written (File too large)" in run_.text
+        assert record_of(run_.folder)["steps"] == 2500 and (run_.folder / "model.bin").exists()
+
+
+def test_a_wall_clock_that_jumps_moves_no_deadline(corpus, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time\nplain = time.time\ncount = [0]\n"
+        "def jumping():\n    count[0] += 1\n    return plain() + (count[0] % 3 - 1) * 86400\ntime.time = jumping\n"
+    )
+    done = run("train_gpt.py", "smoke", *TINY, "--run.data", corpus, "--run.runs", tmp_path, "--run.cap", 4,
+               "--run.no-judge", "--run.name", "jumps", PYTHONPATH=f"{tmp_path}:{ROOT}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.glob("*-jumps")
+    assert 3 < record_of(folder)["train_seconds"] <= 4
+
+
+def test_two_runs_started_at_once_in_one_folder_leave_one(corpus, tmp_path):
+    more = ("--run.max-steps", 5, "--pack.calibration-batches", 0)
+    with Launched(corpus, tmp_path, 1, *more) as one, Launched(corpus, tmp_path, 1, *more) as two:
+        assert sorted((one.ends(), two.ends())) == [0, 2]
+        assert "exists already" in one.text + two.text
+        assert record_of(one.folder)["status"] == "complete"
