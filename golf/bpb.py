@@ -51,13 +51,13 @@ class ByteTable:
         try:
             proto = model.read_bytes() if isinstance(model, Path) else model
             self.processor = sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
         except OSError as error:
             raise UsageError(f"Tokenizer {model} cannot be read ({error.strerror}).") from error
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             name = model if isinstance(model, Path) else "given"
             raise UsageError(f"Tokenizer {name} is not a SentencePiece model.") from error
-        self.vocab_size = sp.vocab_size()
-        pieces = [sp.id_to_piece(i) for i in range(self.vocab_size)]
+        self.vocab_size = len(pieces)
         if SPACE not in pieces:
             raise UsageError(
                 "The tokenizer has no piece for a bare space (U+2581), so bytes counted from its pieces are wrong; "
