@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo laptop yardstick test test-all lint bench clean
+.PHONY: demo laptop yardstick test test-all fuzz lint bench clean
 
 demo: .venv/.installed
 	$(PY) -m golf.prepare builtin
@@ -40,6 +40,10 @@ test: .venv/.installed
 test-all: .venv/.installed
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n auto
+
+fuzz: .venv/.installed
+	$(PY) -m pip install --quiet atheris
+	$(PY) fuzz/run.py all 60
 
 bench: .venv/.installed
 	$(PY) bench/train_speed.py

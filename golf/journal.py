@@ -96,8 +96,8 @@ class Journal:
         if self.file is None:
             return
         with contextlib.suppress(OSError):  # a full disk must not hide the error that we report
-            if error is not None:
-                self.write({"event": "failed", "error": f"{type(error).__name__}: {error}"[:2000]})
+            if error is not None:  # which is said where it is caught
+                self.log({"event": "failed", "error": f"{type(error).__name__}: {error}"[:2000]})
             self.file.close()
         self.shown.close()
 
@@ -107,6 +107,11 @@ class Journal:
             return
         if row["event"] == "start":
             self.environment = row["environment"]
+        self.log(row)
+        self.shown.take(row)
+
+    def log(self, row: dict) -> None:
+        """Log a row."""
         try:
             self.file.write(json.dumps(finite(row), allow_nan=False) + "\n")
             self.file.flush()
@@ -114,7 +119,6 @@ class Journal:
             if not self.full:
                 print(f"the log cannot be written ({error.strerror}); the run goes on", file=sys.stderr, flush=True)
             self.full = True
-        self.shown.take(row)
 
     def close_with(self, record: object) -> None:
         """Log the finished record and print its closing block."""
