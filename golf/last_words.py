@@ -6,6 +6,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.numpy  # noqa: F401, now: when memory is short no library can be loaded
+
 from golf import records
 from golf.config import Config, UsageError
 from golf.data import Corpus
@@ -50,6 +52,8 @@ class LastWords:
                 return ""
             self.saved = True
             loop.result.status, loop.result.reason = "crash", reason
+            loop.optimizers.reset()  # whose memory the saving may need
+            loop.optimizers.zero_grad()
             records.write_checkpoint(self.folder, loop.result)
             records.write(self.folder, records.from_run(
                 self.folder, self.config, self.corpus, loop.result, None, self.log.environment, {}
@@ -62,9 +66,12 @@ class LastWords:
         if isinstance(error, UsageError):
             saved = self.save(str(error)) if self.machine.rank == 0 else ""
             raise UsageError(str(error).rstrip(".") + saved + ".") from error
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if is_out_of_memory(error):
             step = self.keeper.loop.result.steps + 1 if self.keeper.loop else 0
-            saved = self.save(f"out of memory in step {step}") if self.machine.rank == 0 else ""
+            try:
+                saved = self.save(f"out of memory in step {step}") if self.machine.rank == 0 else ""
+            except (MemoryError, RuntimeError, OSError) as second:
+                saved = f"; the weights could not be written ({second!r:.60})"
             raise UsageError(
                 f"Memory ran out in step {step}: give a smaller --run.micro-rows or --recipe.batch-tokens{saved}."
             ) from error

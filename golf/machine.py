@@ -211,7 +211,8 @@ def warm_up(model: RecurrentGPT, optimizers: Optimizers, config: Config, machine
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return named or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
 
 
 def warm_up_in_memory(

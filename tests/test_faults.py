@@ -221,7 +221,7 @@ def test_memory_that_runs_out_later_is_a_sentence_and_keeps_the_weights(corpus, 
         run_.reaches(20)
         process = psutil.Process(run_.process.pid)
         process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 1_000_000, -1))
-        assert run_.ends(120) == 2
+        assert run_.ends(120) == 2, run_.text[-3000:]
         record = record_of(run_.folder)
         assert 20 <= record["steps"] <= 200 and (run_.folder / "checkpoint.safetensors").exists()
         said = f"error: Memory ran out in step {record['steps'] + 1}"
