@@ -13,6 +13,7 @@ FILE names a preset, the data, what is equal, seeds and variants:
     amount = 600               # seconds, seconds, steps, training FLOPs, or bytes of the artifact
     seeds = [1, 2]
     flags = ["--recipe.matrix-rate", "0.03"]
+    keep = "runs/mine"         # where the run folders stay, if they shall
     judge = false              # score the packed artifact by the referee, or the weights before packing
     [variants]
     control = []
@@ -30,6 +31,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -70,6 +72,8 @@ class Plan:
     variants: dict[str, list[str]]
     flags: list[str] = field(default_factory=list)
     judge: bool = False
+    keep: str = ""
+    """Folder that the run folders are kept in; none when empty."""
     control: str = ""
     """The variant that others are compared with; the first when empty."""
     paces: dict[str, str] = field(default_factory=dict)
@@ -90,7 +94,7 @@ def make_plan(values: dict, path: str) -> Plan:
     """A plan from what stands in `path`. Raises UsageError naming the key that is wrong."""
     kinds = {
         "preset": str, "data": str, "equal": str, "amount": (int, float), "seeds": list, "variants": dict,
-        "flags": list, "judge": bool, "control": str,
+        "flags": list, "judge": bool, "control": str, "keep": str,
     }  # fmt: skip
     for key, value in values.items():
         if key not in kinds:
@@ -177,16 +181,16 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
         words = [*words_of(plan, variant, seed), *budget_flags(plan, variant, config)]
         here = ["--run.runs", place, "--run.name", "run", *([] if plan.judge else ["--run.no-judge"])]
         began = time.time()
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train_gpt.py"), *words, *here], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        with open(Path(place) / "said", "w") as said:  # a pipe that nobody reads would fill
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / "train_gpt.py"), *words, *here], cwd=ROOT, stdout=said, stderr=said
+            )
         pin(cpus or [], process.pid)
         load = Load(process)
         while process.poll() is None:
             load.look()
             time.sleep(1.0)
-        said = process.stdout.read()
+        told = (Path(place) / "said").read_text("utf-8", "replace").strip().splitlines() or ["no word"]
         records = list(Path(place).glob("*/submission.json"))
         row = {
             "variant": variant, "seed": seed, "equal": plan.equal, "amount": plan.amount, "flags": words,
@@ -195,8 +199,12 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
             "step_flops": step_flops(config),
         }  # fmt: skip
         if not records:
-            return {**row, "status": "crash", "reason": (said.strip().splitlines() or ["no word"])[-1][:300]}
+            return {**row, "status": "crash", "reason": told[-1][:300]}
         record = json.loads(records[0].read_text("utf-8"))
+        if plan.keep:
+            target = Path(plan.keep) / f"{variant}-seed{seed}"
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(records[0].parent, target)
     kept = (
         "status", "reason", "val_bpb", "val_loss", "unpacked_val_bpb", "quantization_penalty", "bytes_total",
         "bytes_model", "steps", "tokens", "tokens_per_second", "train_seconds", "peak_memory", "train_loss",
