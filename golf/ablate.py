@@ -227,14 +227,18 @@ def void(row: dict) -> bool:
     return row["equal"] in ("time", "bytes") and row["cpu_share"] < LEAST_SHARE
 
 
-def with_paces(plan: Plan, path: Path, cpus: list[int]) -> Plan:
-    """The plan with its variants' paces, measured on these cores if `path` has none yet. Raises UsageError."""
+def with_paces(plan: Plan, results: Path, cpus: list[int] | None = None) -> Plan:
+    """The plan with its variants' paces where they are what is equal: those beside the results, or measured on `cpus`
+    if there are none yet. Raises UsageError, also without `cpus`."""
+    if plan.equal != "pace":
+        return plan
+    path = results.with_suffix(".pace.json")
     try:
         known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     except ValueError as error:
         raise UsageError(f"{path} is not JSON ({error}); delete it, and the paces are measured anew.") from error
     if missing := [name for name in plan.variants if name not in known]:
-        if known:
+        if known or cpus is None:
             raise UsageError(f"{path}: it has no pace of {missing[0]}, and all are timed in turn; delete the file.")
         from golf.timing import paces
 
@@ -398,10 +402,10 @@ def main() -> int:
         return search.main(Path(arguments.space), arguments.pairs, arguments.table)
     plan, results = plan_of(arguments)
     if arguments.table:
-        print(table(plan, read_rows(results)))
+        print(table(with_paces(plan, results), read_rows(results)))
         return 0
     rows = carry_out(plan, results, arguments.pairs, arguments.most)
-    print(table(plan, rows))
+    print(table(with_paces(plan, results), rows))
     return 0
 
 
@@ -409,8 +413,7 @@ def carry_out(plan: Plan, results: Path, pairs: bool, most: int = 0) -> list[dic
     """Run what the results lack, at most `most` runs if that is not 0; returns all rows. Raises UsageError."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     width = 2 if pairs and len(cores) >= 2 else 1
-    if plan.equal == "pace":
-        plan = with_paces(plan, results.with_suffix(".pace.json"), cores[: len(cores) // width])
+    plan = with_paces(plan, results, cores[: len(cores) // width])
     rows = read_rows(results)
     todo = wanted(plan, rows)
     todo = todo[:most] if most else todo

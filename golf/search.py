@@ -195,6 +195,7 @@ def main(path: Path, pairs: bool, only_table: bool) -> int:
         if not only_table:
             print(f"round {number}: {len(alive)} configurations, {amount:g} each", flush=True)
             ablate.carry_out(plan, results, pairs)
+        plan = ablate.with_paces(plan, results)
         rows = [r for r in ablate.read_rows(results) if ablate.same(plan, r) and not ablate.void(r)]
         scores = {name: [s for r in rows if r["variant"] == name and (s := ablate.bpb_of(r)) is not None]
                   for name in alive}  # fmt: skip
