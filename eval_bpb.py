@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -37,6 +38,7 @@ from golf.contender import Contender, Invalid, Limits
 from golf.data import Corpus
 from golf.files import write_bytes
 from golf.judging import CHECKS, Referee, Sheet, stock_tokens, tell_progress
+from golf.kept_scores import KeptScores
 from golf.recheck import fresh_process
 
 ROOT = Path(__file__).resolve().parent
@@ -49,7 +51,7 @@ def data_folder(record: records.Record, given: str) -> Path:
 
 def judge(
     folder: Path, data: Path, official: bool = False, off: frozenset[int] = frozenset(), claims: bool = True,
-    limits: Limits | None = None,
+    limits: Limits | None = None, keep: tuple[Path, int] | None = None,
 ) -> dict:  # fmt: skip
     """A submission's verdict: its score, and every check with its evidence; "invalid" says why where it is.
 
@@ -67,7 +69,7 @@ def judge(
         text = validation.load(data, entry)
         if text.tokens.size - 1 < entry.context and official:
             raise UsageError(f"--data {data}: it is shorter than one row of {entry.context} tokens.")
-        verdict |= score_text(entry, text, data, sheet, limits, official, claims)
+        verdict |= score_text(entry, text, data, sheet, limits, official, claims, keep)
     except Invalid as fault:
         verdict["invalid"] = str(fault)
         if fault.check:
@@ -84,7 +86,7 @@ def judge(
 
 def score_text(
     entry: submission.Submission, text: validation.Validation, data: Path, sheet: Sheet, limits: Limits,
-    official: bool, claims: bool,
+    official: bool, claims: bool, keep: tuple[Path, int] | None = None,
 ) -> dict:  # fmt: skip
     """Score the whole text; all checks that can be made. Raises Invalid."""
     corpus = Corpus(data, "--data") if data.is_dir() else None
@@ -99,10 +101,22 @@ def score_text(
             raise Invalid("it is said to adapt, but its scorer has no adapt() and reset()", 5)
         tell = tell_progress(text.tokens.size - 1, limits)
         referee = Referee(entry, text, contender, sheet, stock_tokens(text), official, tell)
-        referee.run()
+        kept = None
+        if keep:
+            whose = {"folder": folders.sha256_of(entry.folder), "text": text.sha256, "official": official,
+                     "asked": [entry.context, entry.stride, entry.chunk]}  # fmt: skip
+            kept = KeptScores(keep[0], whose, keep[1])
+        referee.run(kept)
         evidence.shut_in(contender, sheet)
-    sheet.see(10, limits.scoring <= limits.seconds, f"it took {limits.scoring:.0f} s of {limits.seconds:g}")
-    sheet.note(10, f"{limits.scoring:.1f} of {limits.seconds:g} s for loading and scoring")
+    if math.isfinite(limits.seconds):
+        sheet.see(10, limits.scoring <= limits.seconds, f"it took {limits.scoring:.0f} s of {limits.seconds:g}")
+        sheet.note(10, f"{limits.scoring:.1f} of {limits.seconds:g} s for loading and scoring")
+    else:
+        sheet.note(10, f"the cap on evaluation was lifted: {limits.scoring:.1f} s for loading and scoring")
+    if kept:
+        times = kept.state["interruptions"]
+        sheet.note(6, f"kept in parts, interrupted {times} times, seconds summed, nothing scored twice")
+        kept.clear()
     score = Score(referee.ledger.nats, referee.ledger.count, text.bytes_of(referee.ledger.count))
     moved = "not run"
     if not {14, 15, 16} <= sheet.off:
@@ -194,6 +208,12 @@ class JudgeArguments:
     """Judge a copy in whose artifact this exit rule is stored: a point of the frontier of score against depth."""
     threshold: float = 0.0
     """That rule's threshold."""
+    keep: str = ""
+    """File that a long scoring is kept in, part by part: the same command goes on from it after an interruption."""
+    keep_every: int = 1_000_000
+    """Targets between two writings of it."""
+    lift_cap: bool = False
+    """Let scoring take as long as it takes; the verdict says so."""
     memory: float = 0.0
     """Gigabytes that the scorer may take; 0 is three quarters of the machine's."""
     json: bool = False
@@ -307,8 +327,15 @@ def judge_folder(arguments: JudgeArguments) -> int:
     if record.track not in TRACKS:
         raise UsageError(f"{folder}/submission.json: track {record.track!r:.60} is none of {', '.join(TRACKS)}.")
     data = data_folder(record, arguments.data)
-    limits = Limits(TRACKS[record.track].eval_seconds, memory=int(arguments.memory * 1e9))
-    verdict = judge(folder, data, arguments.official, limits=limits)
+    seconds = math.inf if arguments.lift_cap else TRACKS[record.track].eval_seconds
+    probing = {"probe_seconds": math.inf} if arguments.lift_cap else {}
+    limits = Limits(seconds, **probing, memory=int(arguments.memory * 1e9))
+    if arguments.keep_every < 1:
+        raise UsageError(f"--keep-every {arguments.keep_every}: give 1 or more.")
+    if arguments.keep and Path(arguments.keep).resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"--keep {arguments.keep}: it lies in the submission's own folder, name a file elsewhere.")
+    keep = (Path(arguments.keep), arguments.keep_every) if arguments.keep else None
+    verdict = judge(folder, data, arguments.official, limits=limits, keep=keep)
     if arguments.retrain:
         from golf.retrain import retrain
 

@@ -71,7 +71,7 @@ class ByteTable:
         self.boundary = np.array([sp.is_control(i) or sp.is_unused(i) for i in range(self.vocab_size)])
         self.unknown = sp.unk_id()
         self.bos = sp.bos_id()
-        self.length = np.array([len(t) for t in self.text], dtype=np.int64)
+        self.length = np.array([len(t) for t in self.text], dtype=np.int32)
         self.spaced = np.array([t.startswith(b" ") for t in self.text])
         # With a dummy prefix the first space of a document is the tokenizer's, not the text's.
         spaced = int(np.argmax(self.spaced))
@@ -107,7 +107,7 @@ class ByteTable:
         """Bytes of `targets`, each after its token in `previous`; any shape. Raises UsageError on an unknown piece."""
         if (targets == self.unknown).any():
             raise UsageError("The tokens hold the unknown piece: bytes of the text are lost and cannot be counted.")
-        total = int(self.length[targets].sum())
+        total = int(self.length[targets].sum(dtype=np.int64))
         if self.drops_first_space:
             total -= int((self.spaced[targets] & self.boundary[previous]).sum())
         return total

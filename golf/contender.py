@@ -38,6 +38,7 @@ TMP_MB = 1024  # what a scorer may write
 MOST_PROCESSES = 1024
 # Errors of a scorer that wanted what it was not given.
 REACHES_OUT = ("FileNotFoundError", "PermissionError", "Connection", "OSError", "gaierror", "TimeoutError", "URLError")
+LONGEST_WAIT = 60.0  # seconds between two looks at the limits, where they are far
 LOOK_EVERY = 0.2  # seconds between two looks at a scorer's memory
 KEPT_VARIABLES = ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
@@ -220,7 +221,9 @@ class Contender:
         began, share = time.monotonic(), 1.0 if self.probe else self.share
         while b"\n" not in self.pending:
             left = self.limits.left(share) - (time.monotonic() - began)
-            ready, _, _ = select.select([self.replies], [], [], max(0.0, left))
+            ready, _, _ = select.select([self.replies], [], [], min(max(0.0, left), LONGEST_WAIT))
+            if not ready and left > LONGEST_WAIT:
+                continue
             if not ready:
                 if self.limits.seconds - self.limits.scoring <= time.monotonic() - began and share < 1:
                     cap = f"{self.limits.seconds:g} s, the track's evaluation cap"

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from golf.contender import Contender, Invalid, Limits
 from golf.rows import Asked, Ledger, Row, chunks, deal
 from golf.submission import Submission
 from golf.validation import Validation
+
+if TYPE_CHECKING:
+    from golf.kept_scores import KeptScores
 
 BUFFER_BYTES = 64 << 20  # log-probabilities asked for at a time
 SCORED_TOKENS = 32_768  # tokens in a batch of a scorer that gives one number a target
@@ -96,7 +100,7 @@ class Referee:
         vocab, context = contender.vocab, submission.context
         self.slots = max(1, (BUFFER_BYTES // (4 * vocab) if self.full else SCORED_TOKENS) // context)
         self.ledger = Ledger(self.tokens.size)
-        self.documents = np.cumsum(self.tokens == validation.tokenizer.bos).astype(np.int64)
+        self.documents = np.cumsum(self.tokens == validation.tokenizer.bos, dtype=np.int32)
         self.committed = 0
         self.flip_nats: list[float] = []
         self.compared = self.identical = self.distributions = 0
@@ -167,26 +171,42 @@ class Referee:
         places |= {int(n) for n in self.rng.permutation(len(rows))[: wanted - len(places)]}
         return {rows[n]: self.flip_of(rows[n]) for n in places}
 
-    def run(self) -> None:
-        """Score the whole stream. Raises Invalid when the scorer fails or leaves its limits."""
-        stretches = list(
+    def stretches(self, kept: KeptScores | None) -> list[list[Row]]:
+        """Rows that are committed together: between two calls of adapt, or as many as are kept at a time."""
+        found = list(
             chunks(
                 self.tokens.size, self.submission.chunk, self.submission.context, self.submission.stride, self.official
             )
         )
+        if kept is None or self.submission.adapts:
+            return found
+        some = max(1, kept.every // (self.submission.stride or self.submission.context))
+        return [rows[at : at + some] for rows in found for at in range(0, len(rows), some)]
+
+    def run(self, kept: KeptScores | None = None) -> None:
+        """Score the whole stream, or what `kept` lacks of it. Raises Invalid when the scorer fails or leaves its
+        limits."""
+        stretches = self.stretches(kept)
         total = sum(map(len, stretches))
         share = max(PROBE_SHARE, min(1.0, LEAST_PROBES / max(1, total)))
         probed_chunks = self.rng.random(len(stretches)) < share * total / len(stretches)
         probed_chunks[[0, -1]] = True
         if self.submission.adapts:
             self.contender.reset()
+        done = kept.go_on(self, self.contender.limits) if kept else 0
         for number, rows in enumerate(stretches):
+            if number < done:
+                if self.submission.adapts:  # it learns again what it knew
+                    self.reveal(rows)
+                continue
             each = share if len(stretches) == 1 else max(share, 1 / len(rows))
             flips = self.probes(rows, each) if probed_chunks[number] else {}
             self.score_rows(rows, flips)
             self.look_again(rows, bool(flips))
             if self.submission.adapts:
                 self.reveal(rows)
+            if kept and (self.ledger.count - kept.count >= kept.every or number == len(stretches) - 1):
+                kept.stand(self, self.contender.limits, number + 1, [stretches[kept.stretches][0], rows[-1]])
         if 6 not in self.sheet.off:
             wanted = sum(r.length - r.first for rows in stretches for r in rows)
             self.sheet.see(6, self.ledger.count == wanted, f"{self.ledger.count} of {wanted} targets were written")
@@ -286,7 +306,7 @@ class Referee:
         """Give a scorer that adapts the targets that were just committed."""
         part = slice(rows[0].new.start, rows[-1].new.stop)
         self.contender.share = 0.0
-        self.contender.adapt(self.tokens[part].astype(np.int64), self.documents[part])
+        self.contender.adapt(self.tokens[part].astype(np.int64), self.documents[part].astype(np.int64))
 
     def finish(self) -> None:
         """Notes, and the one fault that shows only over all rows: worse scores wherever the rest was hidden."""
@@ -304,13 +324,13 @@ class Referee:
             self.sheet.note(4, "scores are read out of the full distributions")
         else:
             self.sheet.note(4, f"{self.sheet.checks[4].tried} rows asked in full after the commit")
-        nats = -self.ledger.scores[~np.isnan(self.ledger.scores)].astype(np.float64)
+        mean, variance = self.ledger.moments()
         found = np.array(self.flip_nats)
         if found.size >= LEAST_PROBES:
-            spread = math.sqrt(max(nats.var(), found.var()) / found.size)
-            z = (found.mean() - nats.mean()) / max(spread, 1e-9)
+            spread = math.sqrt(max(variance, found.var()) / found.size)
+            z = (found.mean() - mean) / max(spread, 1e-9)
             self.sheet.see(
-                1, z < 6, f"targets whose row had been shown blind cost {found.mean():.2f} nats, all {nats.mean():.2f}"
+                1, z < 6, f"targets whose row had been shown blind cost {found.mean():.2f} nats, all {mean:.2f}"
             )
 
 

@@ -101,6 +101,16 @@ class Ledger:
         self.digest = hashlib.sha256()
         self.nats, self.count = 0.0, 0
 
+    def moments(self) -> tuple[float, float]:
+        """Mean and variance of the nats of what is written, a part at a time."""
+        total = squares = 0.0
+        for at in range(0, self.scores.size, 1 << 22):
+            part = self.scores[at : at + (1 << 22)]
+            part = part[~np.isnan(part)].astype(np.float64)
+            total, squares = total - part.sum(), squares + np.square(part).sum()
+        mean = total / max(1, self.count)
+        return float(mean), float(max(0.0, squares / max(1, self.count) - mean**2))
+
     def commit(self, row: Row, scores: np.ndarray) -> None:
         """Write the log-probabilities (new targets,) float32 of a row. An index that is written already is an error."""
         place = self.scores[row.new]

@@ -150,7 +150,7 @@ def from_shards(corpus: Corpus, tokenizer: Tokenizer) -> Validation:
     if table.drops_first_space:
         lengths[1:] -= table.spaced[tokens[1:]] & table.boundary[tokens[:-1]]
     lengths[0] = 0
-    counted = np.add.reduceat(lengths, starts)
+    counted = np.add.reduceat(lengths, starts, dtype=np.int64)
     differing = again = seen = 0
     for document in documents(tokens, tokenizer.bos):
         if seen > ENCODED_AGAIN:

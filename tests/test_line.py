@@ -190,26 +190,6 @@ def test_a_model_whose_tokens_stop_by_themselves_is_judged(corpus, tmp_path):
     assert again.returncode == 2 and "exit-threshold 9" in again.stderr, again.stderr
 
 
-def test_two_ranks_train_like_one(corpus, tmp_path):
-    flags = [
-        "smoke",
-        *TINY,
-        "--run.max-steps",
-        20,
-        "--run.data",
-        corpus,
-        "--run.no-judge",
-        "--recipe.shared-rate",
-        "0",
-    ]
-    alone = run("train_gpt.py", *flags, "--run.runs", tmp_path / "1")
-    pair = launch(2, *flags, "--run.runs", tmp_path / "2")
-    assert alone.returncode == 0 and pair.returncode == 0, pair.stderr
-    losses = [[r["loss"] for r in rows(only(tmp_path / n), "step")] for n in ("1", "2")]
-    assert len(losses[0]) == 20
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
 def launch(ranks: int, *words: object) -> subprocess.CompletedProcess:
     return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train_gpt.py", *words)
 
@@ -256,16 +236,6 @@ def test_warm_up_restores_everything(corpus):
             optimizers.step(0.1)
         after.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
-
-
-def test_micro_batches_train_like_the_whole_batch(corpus, tmp_path):
-    flags = ["smoke", *TINY, "--run.max-steps", 8, "--run.data", corpus, "--run.no-judge"]
-    for micro in (0, 2):
-        assert (
-            run("train_gpt.py", *flags, "--run.micro-rows", micro, "--run.runs", tmp_path / str(micro)).returncode == 0
-        )
-    losses = [[r["loss"] for r in rows(only(tmp_path / n), "step")] for n in ("0", "2")]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_loops_come_on_at_their_fraction(corpus, tmp_path):

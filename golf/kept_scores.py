@@ -1,0 +1,98 @@
+"""A long scoring that can be interrupted: what is committed stays committed, and is never scored again.
+
+Two files of the judge's own: NAME holds, as JSON, whose scores they are, how many are committed, the seconds they took
+and what the checks saw; NAME.f32 the scores, float32, one a target in order. A part is appended and synced before NAME
+says that it stands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from golf.config import UsageError
+from golf.contender import Limits
+from golf.files import write_bytes
+from golf.judging import Referee
+from golf.rows import Row
+
+SCHEMA = 1
+
+
+class KeptScores:
+    """Where a referee writes its ledger through, and goes on from."""
+
+    def __init__(self, path: Path, identity: dict, every: int = 1 << 20):
+        """`identity` says of which submission and text the scores are; `every` so many targets they are kept. Raises
+        UsageError for files of another."""
+        self.every = every
+        self.path, self.scores, self.identity = path, path.with_name(path.name + ".f32"), identity
+        self.state: dict = {}
+        self.stretches = 0  # that stand
+        if not path.exists():
+            return
+        try:
+            told = json.loads(path.read_text("utf-8"))
+            size, stretches, count = self.scores.stat().st_size, told["stretches"], told["count"]
+            fits = told["schema"] == SCHEMA and type(count) is type(stretches) is int and 0 <= 4 * count <= size
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UsageError(f"--keep {path}: it is damaged ({error!r:.80}), delete it to begin anew.") from error
+        if not fits or told.get("identity") != identity:
+            raise UsageError(f"--keep {path}: it is of another submission or text, name another file or delete it.")
+        self.state = told
+
+    def go_on(self, referee: Referee, limits: Limits) -> int:
+        """Put back what is committed; returns how many stretches that is."""
+        if not self.state:
+            return 0
+        count = self.state["count"]
+        with open(self.scores, "r+b") as file:
+            file.truncate(4 * count)  # what was appended and never said to stand
+        scores = np.fromfile(self.scores, dtype="<f4")
+        ledger = referee.ledger
+        ledger.scores[1 : 1 + count] = scores
+        ledger.count, ledger.nats = count, self.state["nats"]
+        ledger.digest.update(scores.tobytes())
+        referee.committed = self.state["committed"]
+        limits.scoring += self.state["scoring"]
+        limits.probing += self.state["probing"]
+        for number, check in self.state["checks"].items():
+            mine = referee.sheet.checks[int(number)]
+            mine.tried, mine.faults = mine.tried + check["tried"], mine.faults + check["faults"]
+        for name in ("flip_nats", "compared", "identical", "distributions", "worst"):
+            setattr(referee, name, self.state[name])
+        self.state["interruptions"] += 1
+        self.stretches = self.state["stretches"]
+        return self.stretches
+
+    def stand(self, referee: Referee, limits: Limits, stretches: int, rows: list[Row]) -> None:
+        """The scores of so many stretches stand; of `rows` the first and the last are of those that did not yet."""
+        part = slice(rows[0].new.start, rows[-1].new.stop)
+        with open(self.scores, "ab") as file:
+            file.write(referee.ledger.scores[part].astype("<f4").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        checks = {n: {"tried": c.tried, "faults": c.faults} for n, c in referee.sheet.checks.items()}
+        times = self.state.get("interruptions", 0)
+        self.state = {
+            "schema": SCHEMA, "identity": self.identity, "stretches": stretches, "count": referee.ledger.count,
+            "nats": referee.ledger.nats, "committed": referee.committed, "scoring": limits.scoring,
+            "probing": limits.probing, "checks": checks, "flip_nats": referee.flip_nats, "compared": referee.compared,
+            "identical": referee.identical, "distributions": referee.distributions, "worst": referee.worst,
+            "interruptions": times,
+        }  # fmt: skip
+        write_bytes(self.path, json.dumps(self.state, default=lambda number: number.item()).encode())
+        self.stretches = stretches
+
+    @property
+    def count(self) -> int:
+        """Targets that stand."""
+        return self.state.get("count", 0)
+
+    def clear(self) -> None:
+        """Delete both files, of a scoring that has ended."""
+        self.path.unlink(missing_ok=True)
+        self.scores.unlink(missing_ok=True)

@@ -1,0 +1,145 @@
+"""Ways to run that must come to the same: each pair in one place, with how near they must be and why.
+
+Exact means bit for bit. The others differ in the order in which floating-point numbers are added, nothing else: losses
+of 20 steps stay within the tolerance named, which a real difference (a lost gradient, another batch) leaves at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_exits import model_of, tokens_of
+
+import artifact
+from golf import exits
+from golf.checkpoint import read_tensors
+from golf.exits import run_exits
+from golf.log_file import read_log
+from golf.presets import parse_command_line
+from tests.conftest import ROOT, TINY, run
+
+pytestmark = pytest.mark.slow
+STEPS = 20
+BASE = (*TINY, "--run.no-judge", "--run.checkpoint", "--run.max-steps", STEPS, "--recipe.loops-from", "0.5",
+        "--pack.calibration-batches", 2)  # fmt: skip
+
+# Gradients are summed over ranks in another order: about 1e-7 a sum, grown by Muon's division by small singular values.
+OVER_RANKS = 1e-4
+# Fused chains keep more digits between operations.
+COMPILED = 2e-4
+# In float64, products over gathered rows are added in another order.
+GATHERED_64 = 1e-9
+# In float32, nats a token; a token at a threshold may stop elsewhere (test_exits.py counts them).
+GATHERED_32 = 1e-4
+
+
+def trained(place: Path, corpus: Path, *more: object, ranks: int = 1) -> Path:
+    """The run folder of a short run."""
+    words = ["train_gpt.py", "smoke", *BASE, "--run.data", corpus, "--run.runs", place, *more]
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    done = run(*start, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = place.iterdir()
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    found = [r["loss"] for r in read_log(folder / "log.jsonl") if r["event"] == "step"]
+    assert len(found) == STEPS
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("alone"), corpus)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("overlap", ["--run.no-overlap", "--run.overlap"])
+def test_ranks(alone, corpus, tmp_path, ranks, overlap):
+    """1, 2 and 4 ranks see the same batches; plain and overlapped optimisers do the same sums."""
+    several = trained(tmp_path, corpus, overlap, ranks=ranks)
+    assert losses(several) == pytest.approx(losses(alone), rel=OVER_RANKS)
+
+
+def test_twice(alone, corpus, tmp_path):
+    """The same seed, machine and number of threads: exact, to the artifact's bytes."""
+    again = trained(tmp_path, corpus)
+    assert (again / "model.bin").read_bytes() == (alone / "model.bin").read_bytes()
+    assert losses(again) == losses(alone)
+
+
+def test_resumed(alone, corpus, tmp_path):
+    """Killed in the middle and resumed: exact."""
+    words = [sys.executable, "train_gpt.py", "smoke", *map(str, BASE), "--run.data", str(corpus), "--run.runs",
+             str(tmp_path), "--run.keep-every", "5", "--run.log-every", "1"]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if re.match(r"step\s+12\b", line):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    (folder,) = tmp_path.iterdir()
+    done = run(*words[1:], "--run.resume", folder)
+    assert done.returncode == 0 and "resumed after step 10" in done.stdout, done.stderr
+    assert (folder / "model.bin").read_bytes() == (alone / "model.bin").read_bytes()
+    assert losses(folder) == losses(alone)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="nothing can be compiled here")
+def test_compiled(alone, corpus, tmp_path):
+    """Blocks and head compiled, and run as they stand."""
+    compiled = trained(tmp_path, corpus, "--run.compile", "block")
+    assert losses(compiled) == pytest.approx(losses(alone), rel=COMPILED)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_bundled(alone, corpus, pack):
+    """The one file that ships and the checkout it was made from: exact."""
+    flags = ["smoke", *map(str, TINY), "--recipe.loops-from", "0.5"]
+    config = parse_command_line(flags).check()
+    assert artifact.golden_difference(config, pack, corpus, STEPS) == ""
+    record = json.loads((alone / "submission.json").read_text())
+    assert record["steps"] == STEPS
+
+
+@pytest.mark.parametrize("rule", [exits.Entropy(3.4), exits.RandomDepth(0.4), exits.Difference(0.3)],
+                         ids=lambda rule: type(rule).__name__)  # fmt: skip
+def test_gathered(rule):
+    """Only what runs is computed, or everything is and what stopped is put back: depths exact, states near."""
+    model, tokens = model_of(), tokens_of(8)
+    whole, some = (run_exits(model, tokens, rule, torch.float64, gather) for gather in (False, True))
+    assert torch.equal(whole.depths, some.depths)
+    torch.testing.assert_close(whole.states, some.states, rtol=GATHERED_64, atol=GATHERED_64)
+    small = model.float()
+    whole, some = (run_exits(small, tokens, rule, torch.float32, gather) for gather in (False, True))
+    rows = (whole.depths == some.depths).all(dim=1)
+    one, two = (small.head_losses(found.states, tokens.roll(-1, 1))[1] for found in (whole, some))
+    assert rows.any() and (one - two).abs()[rows].max() <= GATHERED_32
+
+
+def test_micro_batches(alone, corpus, tmp_path):
+    """A batch in parts: the mean of means, added in another order."""
+    parts = trained(tmp_path, corpus, "--run.micro-rows", 2)
+    assert losses(parts) == pytest.approx(losses(alone), rel=OVER_RANKS)
+
+
+def test_unpacked_weights_are_those_that_were_packed(alone, tmp_path):
+    """The artifact read back is what the packer rounded to: its decoder has no freedom."""
+    done = run("artifact.py", "unpack", alone / "model.bin", tmp_path / "w.safetensors")
+    assert done.returncode == 0, done.stderr
+    stored, packed = (read_tensors(p)[1] for p in (alone / "checkpoint.safetensors", tmp_path / "w.safetensors"))
+    assert stored.keys() == packed.keys()
+    again = run("artifact.py", "unpack", alone / "model.bin", tmp_path / "again.safetensors")
+    assert again.returncode == 0
+    assert (tmp_path / "w.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()

@@ -1,0 +1,108 @@
+"""A long scoring, killed in the middle and gone on with: the same score, nothing asked for twice, seconds summed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eval_bpb
+from golf.config import UsageError
+from golf.kept_scores import KeptScores
+from tests.conftest import ROOT, run
+from tests.test_referee import submission
+
+# Counts what it is asked for in the one place where it may write, and takes its time; knows what it has adapted to.
+SLOW = '''
+    import time
+    import numpy as np
+
+    class Scorer:
+        vocab = 512
+
+        def __init__(self):
+            self.counts = np.ones(512)
+
+        def logprobs(self, tokens):
+            time.sleep(0.01)
+            given = np.log(self.counts / self.counts.sum()).astype(np.float32)
+            return np.broadcast_to(given, (*tokens.shape, 512)).copy()
+
+        ADAPT
+
+    def load_scorer(folder):
+        return Scorer()
+'''
+LEARNS = '''def adapt(self, tokens, documents):
+            self.counts += np.bincount(tokens, minlength=512)
+
+        def reset(self):
+            self.counts = np.ones(512)
+'''
+
+
+def folder_of(place: Path, corpus: Path, adapts: bool) -> Path:
+    source = SLOW.replace("ADAPT", LEARNS if adapts else "")
+    more = {"adapts": True, "chunk": 200} if adapts else {}
+    return submission(place / "slow", corpus, source, **more)
+
+
+def command(folder: Path, corpus: Path, kept: Path) -> list[object]:
+    return ["eval_bpb.py", folder, "--data", corpus, "--keep", kept, "--keep-every", 800, "--lift-cap", "--json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapts", [False, True])
+def test_a_killed_scoring_goes_on_and_comes_to_the_same(tmp_path, corpus, adapts):
+    folder, kept = folder_of(tmp_path, corpus, adapts), tmp_path / "kept.json"
+    whole = eval_bpb.judge(folder, corpus)
+    assert whole["valid"], whole
+    words = [sys.executable, *map(str, command(folder, corpus, kept))]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)  # fmt: skip
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (kept.exists() and json.loads(kept.read_text())["stretches"] >= 2):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    state = json.loads(kept.read_text())
+    assert 0 < state["count"] < whole["val_tokens"]
+    with open(kept.with_name(kept.name + ".f32"), "ab") as file:
+        file.write(b"\x00" * 7)  # what was appended and never said to stand
+    done = run(*command(folder, corpus, kept))
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdict = json.loads(done.stdout)
+    assert verdict["valid"] and verdict["val_tokens"] == whole["val_tokens"]
+    assert verdict["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-7)
+    evidence = {c["number"]: c["evidence"] for c in verdict["checks"]}
+    assert "interrupted 1 times" in evidence[6] and "lifted" in evidence[10]
+    assert verdict["eval_seconds"] > state["scoring"] and not kept.exists()
+    assert next(c["status"] for c in verdict["checks"] if c["number"] == 10) != "failed"
+
+
+def test_scores_of_another_submission_or_damaged_ones_are_refused(tmp_path):
+    path = tmp_path / "kept.json"
+    path.write_text('{"schema": 1, "stretches": 1, "count": 2, "identity": {"folder": "a"}}')
+    (tmp_path / "kept.json.f32").write_bytes(np.zeros(2, "<f4").tobytes())
+    assert KeptScores(path, {"folder": "a"}).count == 2
+    with pytest.raises(UsageError, match="of another submission"):
+        KeptScores(path, {"folder": "b"})
+    (tmp_path / "kept.json.f32").write_bytes(b"")
+    with pytest.raises(UsageError, match="of another submission"):
+        KeptScores(path, {"folder": "a"})
+    path.write_text('{"schema": 1, "count": 2')
+    with pytest.raises(UsageError, match="damaged"):
+        KeptScores(path, {"folder": "a"})
+
+
+def test_a_submission_may_not_hold_the_judges_file(tmp_path, corpus):
+    folder = folder_of(tmp_path, corpus, False)
+    done = run("eval_bpb.py", folder, "--data", corpus, "--keep", folder / "kept")
+    assert done.returncode == 2 and "submission's own folder" in done.stderr
