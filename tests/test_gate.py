@@ -202,6 +202,7 @@ def test_what_cannot_be_trained_or_asked_is_refused(change, said):
         replace(Config(shape=SHAPE), **change).check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["hazard", "act"])
 def test_a_gate_trains_is_packed_and_stops_tokens(gate, corpus, tmp_path):
     words = ["train_gpt.py", "smoke", *TINY, "--run.data", corpus, "--run.runs", tmp_path, "--run.max-steps", 12,

@@ -125,6 +125,7 @@ def test_a_folder_that_cannot_be_resumed_is_named(tmp_path):
     assert done.returncode == 2 and ("no run folder" in done.stderr or "cannot be read" in done.stderr), done.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_checkpoint_ends_no_run(corpus, tmp_path):
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
