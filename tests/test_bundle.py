@@ -141,6 +141,7 @@ def test_two_definitions_of_a_name_are_refused(tmp_path, monkeypatch):
         bundle.readable(PRESETS["smoke"])
 
 
+@pytest.mark.slow
 def test_the_bundle_command(checkout, corpus, tmp_path):
     out = tmp_path / "out"
     for flags in ([], ["--minify"], ["--minify", "--pack"]):

@@ -215,6 +215,7 @@ def test_hand_made_headers_are_refused():
         codec.decode(ARTIFACT[:8] + struct.pack("<I", newer) + ARTIFACT[12:])
 
 
+@pytest.mark.slow
 def test_mutations_and_truncations_are_refused_or_decode_to_the_declared_shapes():
     rng = np.random.default_rng(0)
     static, _ = artifact(SHAPE, weights_of(SHAPE), replace(STEPS, quantizer="scalar", coder="static"))

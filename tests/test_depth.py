@@ -202,6 +202,7 @@ def test_kinds_of_prose_and_of_programs():
 # == the second stage's gate =======================================================================================
 
 
+@pytest.mark.slow
 def test_a_gate_learns_on_a_frozen_model_and_goes_into_the_artifact(looped_run, corpus, tmp_path):
     out = tmp_path / "gated"
     done = run("depth_map.py", "gate", looped_run, out, "--data", corpus, "--steps", 20, "--json")

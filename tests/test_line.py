@@ -68,8 +68,8 @@ def test_the_closing_block_is_the_record(trained):
     ):
         assert key in record
     assert sorted(p.name for p in folder.iterdir()) == [
-        "README.md", "log.jsonl", "model.bin", "source", "submission.json", "tokenizer.model", "train_gpt.py",
-        "verdict.json",
+        "README.md", "log.jsonl", "model.bin", "report.html", "source", "submission.json", "tokenizer.model",
+        "train_gpt.py", "verdict.json",
     ]  # fmt: skip
     text = (folder / "README.md").read_text()
     assert str(record["val_bpb"]) in text and f"{record['bytes_total']}" in text
@@ -148,7 +148,7 @@ def test_the_model_writes(trained):
     first, second = run(*words), run(*words)
     assert first.returncode == 0, first.stderr
     assert first.stdout == second.stdout and first.stdout.startswith("def main") and len(first.stdout) > 12
-    assert "Loops to predict each token, 2.00 of 2 on average" in first.stdout and "\u00b2" in first.stdout
+    assert "Loops to predict each token, 3.00 of 3 on average" in first.stdout and "\u00b3" in first.stdout
     assert run(*words[:-1], 4).stdout != first.stdout
     told = json.loads(run(*words, "--temperature", 0, "--exit", "fixed", "--threshold", 1, "--json").stdout)
     assert told["text"].startswith("def main") and {t["loops"] for t in told["tokens"]} == {1}
@@ -408,6 +408,7 @@ def test_an_existing_run_folder_is_refused(corpus, tmp_path, monkeypatch, capsys
     assert [p.name for p in folder.iterdir()] == ["keep"]
 
 
+@pytest.mark.slow
 def test_environment_gives_seed_and_data(corpus, tmp_path):
     flags = ["smoke", *TINY, "--run.max-steps", 1, "--run.no-judge", "--run.runs", tmp_path]
     done = run("train_gpt.py", *flags, SEED="7", DATA_PATH=str(corpus))

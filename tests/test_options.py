@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from golf import pace
 from golf.average import WeightAverage
 from golf.block import exclude_own
-from golf.config import Config, Recipe, UsageError
+from golf.config import Config, Recipe, UsageError, kinds_of_steps
 from golf.data import TokenStream, batches, coprime_stride
-from golf.machine import Machine, accumulate, graphs
+from golf.machine import Machine, accumulate
 from golf.model import RecurrentGPT
 from golf.objective import Objective
 from golf.shape import BOS, Shape
@@ -167,9 +167,9 @@ def test_strided_batches_see_all_rows_before_any_twice_and_can_begin_anywhere():
 
 def test_schedules_name_every_graph_they_need():
     recipe = Recipe(sequence_length=64, batch_tokens=512, short_length=16, short_until=0.5, loops_from=0.6)
-    assert graphs(Config(shape=SHAPE, recipe=recipe)) == [(64, 3), (64, 1), (16, 1)]
+    assert kinds_of_steps(SHAPE, recipe) == [(64, 3), (64, 1), (16, 1)]
     drawn = replace(recipe, random_loops=True, loops_from=0.0)
-    assert set(graphs(Config(shape=SHAPE, recipe=drawn))) == {(n, k) for n in (16, 64) for k in (1, 2, 3)}
+    assert set(kinds_of_steps(SHAPE, drawn)) == {(n, k) for n in (16, 64) for k in (1, 2, 3)}
     assert recipe.length_at(0.49) == 16 and recipe.length_at(0.5) == 64
     taper = Recipe(matrix_decay=0.1, decay_taper=0.5)
     assert [taper.decay_at(p) for p in (0.0, 0.7, 1.0)] == pytest.approx([0.1, 0.1, 0.05])

@@ -85,6 +85,7 @@ def test_feedback_is_gptq(columns):
     assert np.abs(found.weights() - expected).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_each_refinement_lowers_the_predicted_loss_at_equal_bytes():
     s = sensitivities_of(SHAPE)
     plain = Pack(rounding="nearest", quantizer="scalar", column_steps=False, row_power=1.0)

@@ -157,6 +157,7 @@ def test_seconds_before_and_after_are_summed_under_the_clock(corpus, tmp_path):
 # == by a said pace ================================================================================================
 
 
+@pytest.mark.slow
 def test_a_said_pace_counts_steps_and_nothing_else(corpus, tmp_path):
     base = ["train_gpt.py", "smoke", *TINY, "--run.data", str(corpus), "--run.runs", str(tmp_path), "--run.cap", "3",
             "--run.pace", "1x64=100,3x64=200", "--run.no-judge", "--recipe.loops-from", "0.6"]  # fmt: skip
