@@ -292,18 +292,26 @@ def wanted(plan: Plan, rows: list[dict]) -> list[tuple[str, int]]:
 
 
 def same(plan: Plan, row: dict) -> bool:
-    """Whether a row was run as the plan says now, with the options' present defaults."""
+    """Whether a row is of a run as the plan says now: the same whole configuration, whatever flags led to it, text, and
+    amount of what is equal."""
     if row["variant"] not in plan.variants:
         return False
     config = configuration(plan, row["variant"], row["seed"])
-    words = [*words_of(plan, row["variant"], row["seed"]), *budget_flags(plan, row["variant"], config)]
-    asked = {"fingerprint": config.fingerprint, "flags": words, "judge": plan.judge}
-    return row["seed"] in plan.seeds and all(row.get(key) == value for key, value in asked.items())
+    asked = {"fingerprint": config.fingerprint, "equal": plan.equal, "amount": plan.amount, "judge": plan.judge}
+    alike = row["seed"] in plan.seeds and all(row.get(key) == value for key, value in asked.items())
+    wanted = {"--run.data": config.run.data, "--run.pace": plan.paces.get(row["variant"])}
+    return alike and all(value_of(row["flags"], name) == value for name, value in wanted.items())
+
+
+def value_of(words: list[str], flag: str) -> str | None:
+    """What follows the last of a flag's places in a command line."""
+    places = [n for n, word in enumerate(words[:-1]) if word == flag]
+    return words[places[-1] + 1] if places else None
 
 
 def table(plan: Plan, rows: list[dict]) -> str:
     """Markdown: one line a variant, best first."""
-    rows = [r for r in rows if same(plan, r)]
+    every, rows = len(rows), [r for r in rows if same(plan, r)]
     good = [r for r in rows if not void(r)]
     control = plan.control or next(iter(plan.variants))
     found = {v: [r for r in good if r["variant"] == v and bpb_of(r) is not None] for v in plan.variants}
@@ -332,6 +340,9 @@ def table(plan: Plan, rows: list[dict]) -> str:
             f"{mean([r['tokens_per_second'] for r in mine]):,.0f} | "
             f"{len(mine)}{f', {crashed} crashed' if crashed else ''} |"
         )
+    if every > len(rows):
+        lines.append(f"\n{every - len(rows)} rows are of other configurations, as by options that have changed since, "
+                     "and are left out.")  # fmt: skip
     return "\n".join(lines)
 
 

@@ -6,6 +6,9 @@ import html
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
+
+from golf.config import UsageError
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --faint: #5c6370; --line: #ccd;
@@ -55,6 +58,18 @@ class Tile:
     name: str
     size: int
     shade: str
+
+
+def save_figure(figure: object, path: Path) -> None:
+    """Write a figure of matplotlib, and close it. Raises UsageError where it cannot be written."""
+    from matplotlib import pyplot
+
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--png {path}: it cannot be written ({error}).") from error
+    finally:
+        pyplot.close(figure)
 
 
 def bar_chart(bars: list[Bar], most: float, unit: str, form: str = "{:.2f}") -> str:

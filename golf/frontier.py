@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from golf import charts
 from golf.config import UsageError
 from golf.data import Corpus
 from golf.depth import Looped, halve, nearest_threshold
@@ -164,9 +165,4 @@ def draw(path: Path, curves: dict[str, list[Point]]) -> None:
     axes.set_ylabel("bits per byte")
     axes.legend()
     axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--png {path}: it cannot be written ({error}).") from error
-    finally:
-        pyplot.close(figure)
+    charts.save_figure(figure, path)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from golf import charts
-from golf.config import UsageError
 
 COLORS = ("#eef4fb", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b")  # light to dark
 
@@ -167,9 +166,4 @@ def write_png(path: Path, documents: list[Shown], loops: int, before: bool = Fal
         ink = "white" if is_dark(depth, loops) else "black"
         axes.text(x + 0.5, y + 0.55, character, family="monospace", fontsize=8, color=ink, ha="center", va="center",
                   parse_math=False)  # fmt: skip
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--png {path}: it cannot be written ({error}).") from error
-    finally:
-        pyplot.close(figure)
+    charts.save_figure(figure, path)

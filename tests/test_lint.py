@@ -160,14 +160,14 @@ def test_a_comparison_prints_the_rule_and_the_practice(tmp_path):
     assert worse.level == "warning"
 
 
-def test_a_log_of_ten_megabytes_takes_under_two_seconds(tmp_path):
+def test_a_log_of_ten_megabytes_is_read_line_by_line(tmp_path):
     step = "step:{}/20000 train_loss:2.1234 train_time:599000ms step_avg:43.54ms\n"
     text = first_family().replace("stopping_early", "".join(step.format(n) for n in range(150_000)) + "stopping_early")
     here = folder(tmp_path, {"train_seed1.log": text})
     assert (here / "train_seed1.log").stat().st_size > 10e6
     began = time.process_time()
     lint.lint(here)
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 20  # 1.5 s were seen; a pattern that backtracks takes minutes
 
 
 def test_a_line_without_end_is_cut(tmp_path):
