@@ -43,7 +43,8 @@ def alone(source: bytes, folder, corpus, **environment: str) -> subprocess.Compl
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [pytest.param("counted", marks=pytest.mark.slow), "source"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["counted", "source"])
 def test_the_bundle_trains_as_the_checkout_does_bit_for_bit(checkout, corpus, tmp_path, kind):
     path = checkout / ("train_gpt.py" if kind == "counted" else "source/train_gpt.py")
     done = alone(path.read_bytes(), tmp_path / "empty", corpus)

@@ -67,6 +67,7 @@ def killed(corpus, tmp_path_factory) -> tuple[Path, Path]:
     return runs, only(runs, "killed")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_artifact(unbroken, killed, corpus, tmp_path):
     folder = tmp_path / killed[1].name
     shutil.copytree(killed[1], folder)
@@ -108,6 +109,7 @@ def test_the_checkpoint_before_is_taken_where_the_newest_is_damaged(unbroken, ki
     assert (folder / "model.bin").read_bytes() == (unbroken / "model.bin").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("more", "said"), [
     (("--run.seed", 5), "another seed"), (("--recipe.matrix-rate", 0.01), "another configuration"),
     (("--run.max-steps", 40), "another number of steps"),
