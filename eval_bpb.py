@@ -92,6 +92,11 @@ def score_text(
     corpus = Corpus(data, "--data") if data.is_dir() else None
     evidence.claims(entry, text, sheet, official)
     shut_in = 11 not in sheet.off
+    kept = None
+    if keep:
+        whose = {"folder": folders.sha256_of(entry.folder), "text": text.sha256, "official": official,
+                 "asked": [entry.context, entry.stride, entry.chunk]}  # fmt: skip
+        kept = KeptScores(keep[0], whose, keep[1])
     with Contender(entry.folder, text.tokenizer.model, limits, data, shut_in=shut_in) as contender:
         if contender.vocab != text.tokenizer.vocab_size:
             raise Invalid(
@@ -101,11 +106,6 @@ def score_text(
             raise Invalid("it is said to adapt, but its scorer has no adapt() and reset()", 5)
         tell = tell_progress(text.tokens.size - 1, limits)
         referee = Referee(entry, text, contender, sheet, stock_tokens(text), official, tell)
-        kept = None
-        if keep:
-            whose = {"folder": folders.sha256_of(entry.folder), "text": text.sha256, "official": official,
-                     "asked": [entry.context, entry.stride, entry.chunk]}  # fmt: skip
-            kept = KeptScores(keep[0], whose, keep[1])
         referee.run(kept)
         evidence.shut_in(contender, sheet)
     if math.isfinite(limits.seconds):
@@ -116,7 +116,6 @@ def score_text(
     if kept:
         times = kept.state["interruptions"]
         sheet.note(6, f"kept in parts, interrupted {times} times, seconds summed, nothing scored twice")
-        kept.clear()
     score = Score(referee.ledger.nats, referee.ledger.count, text.bytes_of(referee.ledger.count))
     moved = "not run"
     if not {14, 15, 16} <= sheet.off:
@@ -133,6 +132,8 @@ def score_text(
     evidence.certain_runs(referee.ledger.scores, text.tokens, corpus, sheet)
     artifact = entry.folder / "model.bin"
     measured = folders.sizes(entry.folder)
+    if kept:
+        kept.clear()
     return {
         "val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens, "val_bytes": score.bytes,
         "eval_seconds": round(limits.scoring, 3), "probe_seconds": round(limits.probing, 3), "corpus": text.corpus,

@@ -37,7 +37,7 @@ from golf.bpb import Score, windows
 from golf.calibrate import calibrate, rehearse
 from golf.clock import Clock, Pace, StepCounter
 from golf.codec import encode, load_artifact
-from golf.config import Config, Scoring, UsageError
+from golf.config import Config, Scoring, UsageError, said_pace
 from golf.data import Corpus, TokenStream, batches
 from golf.files import write_bytes
 from golf.machine import Machine, accumulate, compile_model, keep_memory, peak_memory, set_up, warm_up_in_memory
@@ -175,7 +175,7 @@ def train(
 
     result = Result(model)
     rollback, noise = Rollback(result), GridNoise(model, config)
-    pace = Pace(run.pace)
+    pace = Pace(said_pace(run.pace))
     now = pace.now if run.pace else machine.now
     timed = Clock(config.train_seconds, min(reserve, config.train_seconds / 2), machine.largest, now)
     clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
@@ -187,7 +187,7 @@ def train(
         rows = micro_rows * recipe.sequence_length // length
         return batches(stream, recipe.batch_tokens, length, recipe.loader, machine.rank, machine.world, rows, step)
 
-    length, source = 0, iter(())
+    length, source = recipe.sequence_length, source_from(recipe.sequence_length, result.steps)
     while (progress := clock.begin_step()) is not None:
         if machine.largest(interrupt.asked):
             result.status, result.reason = "interrupted", "asked to stop"

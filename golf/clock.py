@@ -78,12 +78,9 @@ class Clock:
 class Pace:
     """A time that passes by what steps are said to take: runs of equal time are then alike on a busy machine too."""
 
-    def __init__(self, told: str):
-        """`told` is LOOPSxLENGTH=MS, comma-separated: milliseconds of a step of so many passes in rows of that length.
-        Raises ValueError."""
-        parts = (part.partition("=") for part in told.split(",") if part)
-        self.seconds = {tuple(map(int, kind.split("x"))): float(ms) / 1e3 for kind, _, ms in parts}
-        self.time = 0.0
+    def __init__(self, seconds: dict[tuple[int, ...], float]):
+        """Seconds of a step of so many passes in rows of a length."""
+        self.seconds, self.time = seconds, 0.0
 
     def now(self) -> float:
         return self.time

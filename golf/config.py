@@ -380,6 +380,12 @@ def check_threshold(rule: str, threshold: float, shape: Shape) -> None:
     require(0 <= threshold <= most and whole, "scoring.exit_threshold", f"{threshold:g}", way_out)
 
 
+def said_pace(text: str) -> dict[tuple[int, ...], float]:
+    """LOOPSxLENGTH=MS,... as seconds by (loops, length). Raises ValueError."""
+    parts = (part.partition("=") for part in text.split(",") if part)
+    return {tuple(map(int, kind.split("x"))): float(ms) / 1e3 for kind, _, ms in parts}
+
+
 def check_pace(config: Config) -> None:
     """Raise UsageError for a pace that leaves out a kind of step, or a run that it would prove nothing of."""
     run, pace = config.run, config.run.pace
@@ -388,12 +394,11 @@ def check_pace(config: Config) -> None:
     require(not run.judge, "run.pace", pace, "give --run.no-judge, seconds that are said prove no limit")
     require(not run.max_steps, "run.max_steps", run.max_steps, "give no pace, or no number of steps")
     try:
-        told = {tuple(map(int, kind.split("x"))): float(ms)
-                for kind, _, ms in (part.partition("=") for part in pace.split(",") if part)}  # fmt: skip
+        told = said_pace(pace)
     except ValueError:
         told = {}
     for length, loops in kinds_of_steps(config.shape, config.recipe):
-        fits = 0 < told.get((loops, length), 0) < 1e9
+        fits = 0 < told.get((loops, length), 0) < 1e6
         require(fits, "run.pace", pace, f"give {loops}x{length}=MS, as --run.pace 1x256=300,3x256=450")
 
 

@@ -15,6 +15,7 @@ from golf.config import UsageError
 from golf.data import Corpus
 from golf.depth import Looped, halve, nearest_threshold
 from golf.exits import Exits, Rule, run_exits
+from golf.pace import layer_flops
 from golf.shape import Shape
 
 ROWS = 16  # of a batch
@@ -66,9 +67,8 @@ def batches(looped: Looped, corpus: Corpus, rows: int) -> list[Batch]:
 
 def scoring_flops(shape: Shape, length: int, positions: int, computed: list[int], rule: str) -> int:
     """Multiply-adds x 2 of scoring `positions` in rows of `length`, when the passes compute so many, under a rule that
-    reads; causal attention is half the square, as budget.py counts it."""
-    mlp = (3 if shape.activation == "swiglu" else 2) * shape.width * shape.mlp_width
-    layer = 2 * (2 * shape.width**2 + 2 * shape.width * shape.kv_width + mlp) + 2 * shape.width * length
+    reads."""
+    layer = layer_flops(shape, length)
     head = 2 * shape.width * shape.vocab_size
     looks = computed[: shape.loops - 1]
     read = sum(looks[1:] if rule == "divergence" else looks) * WAYS_TO_READ.get(rule, 0) * head

@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.numpy  # noqa: F401, now: when memory is short no library can be loaded
+import safetensors.numpy  # noqa: F401, now: when memory is short nothing can be loaded
 
 from golf import records
 from golf.config import Config, UsageError

@@ -121,7 +121,7 @@ def started(row: dict) -> str:
         f"{config['preset']} seed {config['run']['seed']}: {shape.parameter_count:,} parameters, "
         f"{shape.unique_layers} unique and {shape.effective_layers} effective layers, width {shape.width}; "
         f"{machine['world']} x {machine['device']} {machine['dtype'][6:]}, compile {machine['compile']}; "
-        f"corpus {row['corpus']['name']} -> {row['folder']}"
+        f"corpus {row['corpus']['name']}{' -> ' + row['folder'] if 'folder' in row else ''}"
     )
     return "\n".join([line, *machine["notes"]])
 

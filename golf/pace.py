@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from golf.config import Config, UsageError
+from golf.shape import Shape
 
 MEASURED = Path(__file__).resolve().parent.parent / "machine.json"
 
@@ -40,15 +41,19 @@ MACHINES = {
 }
 
 
+def layer_flops(shape: Shape, length: int) -> int:
+    """Multiply-adds x 2 of one token in one layer: matrices, and attention to half of a row of `length` on average."""
+    mlp = (3 if shape.activation == "swiglu" else 2) * shape.width * shape.mlp_width
+    return 2 * (2 * shape.width**2 + 2 * shape.width * shape.kv_width + mlp) + 2 * shape.width * length
+
+
 def forward_flops(config: Config, loops: int | None = None) -> int:
     """Multiply-adds x 2 of one token's forward pass: matrices, causal attention (half the square), head."""
     shape = config.shape
-    mlp = (3 if shape.activation == "swiglu" else 2) * shape.width * shape.mlp_width
-    layer = 2 * (2 * shape.width**2 + 2 * shape.width * shape.kv_width + mlp)
-    attention = 2 * shape.width * config.recipe.sequence_length
     pairs = 2 * shape.width * shape.bigram_width if shape.bigram_rows else 0
     layers, ends = layers_and_ends(config, loops)
-    return layers * (layer + attention) + ends * 2 * shape.width * shape.vocab_size + pairs
+    layer = layer_flops(shape, config.recipe.sequence_length)
+    return layers * layer + ends * 2 * shape.width * shape.vocab_size + pairs
 
 
 def layers_and_ends(config: Config, loops: int | None = None) -> tuple[int, int]:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from golf import records
@@ -129,35 +131,25 @@ class Keeper:
     def __init__(self, folder: Path, config: Config, corpus: Corpus, machine: Machine, report: Callable[[dict], None]):
         self.folder, self.every, self.machine, self.report = folder / FOLDER, config.run.keep_every, machine, report
         self.about = {
-            "schema": SCHEMA, "fingerprint": config.fingerprint, "seed": config.run.seed, "world": machine.world,
-            "corpus": corpus.fingerprint, "dtype": str(machine.dtype)[6:], "compile": machine.compile,
-            "max_steps": config.run.max_steps, "seconds": config.train_seconds, "code": code_sha256(),
+            "schema": SCHEMA, **of_configuration(config), "world": machine.world, "corpus": corpus.fingerprint,
+            "dtype": str(machine.dtype)[6:], "compile": machine.compile, "code": code_sha256(),
         }  # fmt: skip
-        self.stored: tuple[dict[str, Tensor], dict] | None = None
-        self.loop: Loop | None = None
-        if config.run.resume:
-            self.stored = newest(folder)
+        self.resumes, self.loop = bool(config.run.resume), None
 
     def begin(self, *parts: object) -> None:
         """Before the first step: go on where the newest checkpoint ends, if the run is resumed. Raises UsageError."""
         self.loop = loop = Loop(*parts)
-        if self.stored is None:
+        if not self.resumes:
             return
-        tensors, told = self.stored
-        for key, name in (("fingerprint", "configuration"), ("seed", "seed"), ("corpus", "text"),
-                          ("world", "number of ranks"), ("dtype", "number type"), ("max_steps", "number of steps"),
-                          ("seconds", "number of seconds")):  # fmt: skip
-            if told.get(key) != self.about[key]:
-                raise UsageError(f"--run.resume: the run had another {name} ({told.get(key)}, now {self.about[key]}), "
-                                 "give the flags that it was begun with.")  # fmt: skip
+        path, told = newest(self.folder.parent)
+        require_same(told, self.about)
         try:
-            loop.put_back(tensors, told["loop"])
+            loop.put_back(load_file(path), told["loop"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"--run.resume: the checkpoint does not fit this program ({error!r:.100}).") from error
         changed = told.get("code") != self.about["code"] or told.get("compile") != self.about["compile"]
         self.report({"event": "resumed", "step": loop.result.steps, "elapsed": round(loop.clock.elapsed(), 3),
                      "code_changed": changed})  # fmt: skip
-        self.stored = None
 
     def after_step(self) -> None:
         """Write a checkpoint where one is due."""
@@ -170,8 +162,6 @@ class Keeper:
         step = loop.result.steps
         if not self.every or not step:
             return
-        from safetensors.torch import save
-
         with loop.clock.paused():
             tensors = {name: t.detach().cpu().contiguous() for name, t in loop.tensors().items()}
             if self.machine.rank:
@@ -185,26 +175,43 @@ class Keeper:
             except OSError as error:
                 self.report({"event": "not-kept", "step": step, "reason": error.strerror or str(error)})
 
-
     def clear(self) -> None:
         """Delete the checkpoints of a run that has ended well."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def newest(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """The newest whole checkpoint of a run: its tensors and the rest. Raises UsageError where there is none."""
-    from safetensors import SafetensorError, safe_open
+NAMES = {
+    "fingerprint": "configuration", "seed": "seed", "max_steps": "number of steps", "seconds": "number of seconds",
+    "corpus": "text", "world": "number of ranks", "dtype": "number type",
+}  # fmt: skip
 
+
+def of_configuration(config: Config) -> dict:
+    """What a configuration alone says of a run that may be gone on with."""
+    run = config.run
+    return {"fingerprint": config.fingerprint, "seed": run.seed, "max_steps": run.max_steps,
+            "seconds": config.train_seconds}  # fmt: skip
+
+
+def require_same(told: dict, about: dict) -> None:
+    """Raise UsageError naming the first thing in which a run that is gone on with was begun otherwise."""
+    for key, name in NAMES.items():
+        if key in about and told.get(key) != about[key]:
+            raise UsageError(f"--run.resume: the run had another {name} ({told.get(key)}, now {about[key]}), give the "
+                             "flags that it was begun with.")  # fmt: skip
+
+
+def newest(folder: Path) -> tuple[Path, dict]:
+    """The newest whole checkpoint of a run, and what it holds beside tensors. Raises UsageError where there is none."""
     damaged = ""
     for path in sorted((folder / FOLDER).glob("*.safetensors"), reverse=True):
         try:
             with safe_open(path, framework="pt") as stored:
                 told = json.loads((stored.metadata() or {})["state"])
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dict
             if not isinstance(told, dict) or told.get("schema") != SCHEMA:
                 damaged = f"{path} has schema {told.get('schema') if isinstance(told, dict) else None}, not {SCHEMA}"
                 continue
-            return tensors, told
+            return path, told
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             damaged = f"{path} is damaged ({error!r:.100})"
     raise UsageError(f"--run.resume {folder}: {damaged or 'there is no checkpoint, begin with --run.keep-every'}.")
@@ -216,8 +223,9 @@ def resumed(config: Config) -> tuple[Path, Config]:
     folder = Path(config.run.resume)
     if not (folder / "log.jsonl").exists():
         raise UsageError(f"--run.resume {folder}: it is no run folder.")
-    if (folder / "submission.json").exists() and (status := records.read(folder).status) != "interrupted":
+    if (folder / "submission.json").exists() and (status := records.read(folder).status) in ("complete", "invalid"):
         raise UsageError(f"--run.resume {folder}: the run has ended ({status}), begin another.")
     told = newest(folder)[1]
+    require_same(told, of_configuration(config))
     chosen = config.run.dtype == "auto" and told.get("dtype") in ("float32", "bfloat16")
     return folder, replace(config, run=replace(config.run, dtype=told["dtype"])) if chosen else config

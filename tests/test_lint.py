@@ -167,7 +167,7 @@ def test_a_log_of_ten_megabytes_is_read_line_by_line(tmp_path):
     assert (here / "train_seed1.log").stat().st_size > 10e6
     began = time.process_time()
     lint.lint(here)
-    assert time.process_time() - began < 20  # 1.5 s were seen; a pattern that backtracks takes minutes
+    assert time.process_time() - began < 20  # 2.6 s were seen on a slow processor
 
 
 def test_a_line_without_end_is_cut(tmp_path):

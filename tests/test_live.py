@@ -70,6 +70,11 @@ def test_a_pipe_gets_plain_lines(finished):
     assert lines[-1].startswith("complete: val_bpb None")
 
 
+def test_a_log_of_an_older_version_is_shown_too():
+    done = run("record.py", "watch", next((ROOT / "runs").glob("*laptop-seed1*")))
+    assert done.returncode == 0 and "step   3420" in done.stdout, done.stderr
+
+
 def test_a_terminal_gets_a_panel_that_ends_in_the_same_block(finished):
     code, shown = on_a_terminal(["record.py", "watch", str(finished)])
     assert code == 0 and "complete: val_bpb" in shown, shown[-2000:]

@@ -35,11 +35,11 @@ def words(corpus: Path, runs: Path, name: str, *more: object) -> list[str]:
 
 
 def stopped_at(step: int, command: list[str], how: int = signal.SIGKILL) -> None:
-    """Start a run and end it once it has told of a step."""
+    """Start a run and end it once it has told of a step, or of the end of training."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("step") and int(line.split()[1]) >= step:
+        if (line.startswith("step") and int(line.split()[1]) >= step) or line.startswith("training"):
             process.send_signal(how)
             break
     process.stdout.read()
@@ -110,13 +110,30 @@ def test_the_checkpoint_before_is_taken_where_the_newest_is_damaged(unbroken, ki
 
 
 @pytest.mark.slow
+def test_a_run_that_crashed_or_died_after_its_last_step_goes_on(unbroken, killed, corpus, tmp_path):
+    """A crash leaves a record; and a run may die while it packs, when no step is left to take."""
+    folder = tmp_path / killed[1].name
+    shutil.copytree(killed[1], folder)
+    record = json.loads((unbroken / "submission.json").read_text()) | {"status": "crash"}
+    (folder / "submission.json").write_text(json.dumps(record))
+    command = words(corpus, tmp_path, "unused", "--run.resume", folder, "--run.keep-every", 10)
+    stopped_at(31, command)
+    assert newest(folder)[1]["loop"]["result"]["steps"] == 30
+    done = run(*command)
+    assert done.returncode == 0 and "resumed after step 30" in done.stdout, done.stderr
+    assert (folder / "model.bin").read_bytes() == (unbroken / "model.bin").read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("more", "said"), [
     (("--run.seed", 5), "another seed"), (("--recipe.matrix-rate", 0.01), "another configuration"),
     (("--run.max-steps", 40), "another number of steps"),
 ])  # fmt: skip
 def test_other_flags_are_refused_in_one_sentence(killed, corpus, tmp_path, more, said):
     runs, folder = killed
+    before = (folder / "log.jsonl").read_bytes()
     done = run(*words(corpus, runs, "unused", "--run.resume", folder, *more))
+    assert (folder / "log.jsonl").read_bytes() == before
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
