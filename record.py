@@ -117,6 +117,8 @@ def compare(
         raise UsageError("compare: give run folders, and others after --against.")
     if not 0 <= planned <= 1000:
         raise UsageError(f"--planned {planned}: give 0 to 1,000.")
+    if both := {Path(f).resolve() for f in folders} & {Path(f).resolve() for f in against}:
+        raise UsageError(f"compare: {min(both).name} stands on both sides, give it once.")
     ours, theirs = run_list.sides([Path(f) for f in folders], [Path(f) for f in against], mixed)
     found = stats.compare(*([getattr(r, key) for r in side] for side in (ours, theirs)
                             for key in ("val_loss", "val_bpb")), planned)  # fmt: skip

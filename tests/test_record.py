@@ -85,6 +85,8 @@ def test_the_command_compares_names_those_left_out_and_refuses_other_corpora(tmp
     done = run("record.py", "compare", *ours, "--against", *elsewhere)
     assert done.returncode == 2 and "--mixed" in done.stderr
     assert run("record.py", "compare", *ours, "--against", *elsewhere, "--mixed").returncode == 0
+    itself = run("record.py", "compare", *ours, "--against", *theirs, ours[0])
+    assert itself.returncode == 2 and "on both sides" in itself.stderr
 
 
 @pytest.mark.parametrize(("values", "said"), [
