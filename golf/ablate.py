@@ -18,6 +18,7 @@ FILE names a preset, the data, what is equal, seeds and variants:
     [variants]
     control = []
     leaky = ["--shape.activation", "leaky-relu2"]
+    naive = ["laptop_naive", "--run.data", "data/other"]      # another preset, other data
 
 Runs go seed by seed through all variants, so that a machine that changes its pace hits all alike. Each run is a row of
 FILE.jsonl, crashes too; what stands there is not run again. A run at equal time during which other programs took more
@@ -124,10 +125,10 @@ def configuration(plan: Plan, variant: str, seed: int) -> Config:
 
 
 def words_of(plan: Plan, variant: str, seed: int) -> list[str]:
-    """The command line of a variant, which may name data of its own."""
-    return [
-        plan.preset, "--run.seed", str(seed), "--run.data", plan.data, *plan.flags, *plan.variants[variant],
-    ]  # fmt: skip
+    """The command line of a variant, which may name data of its own and begin with a preset of its own."""
+    own = plan.variants[variant]
+    preset, own = (own[0], own[1:]) if own[:1] and own[0] in PRESETS else (plan.preset, own)
+    return [preset, "--run.seed", str(seed), "--run.data", plan.data, *plan.flags, *own]
 
 
 def budget_flags(plan: Plan, variant: str, config: Config) -> list[str]:

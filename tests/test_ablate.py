@@ -109,6 +109,15 @@ def test_a_variant_may_name_data_of_its_own(tmp_path, corpus):
     assert ablate.configuration(plan, "slow", 1).run.data == str(corpus)
 
 
+def test_a_variant_may_begin_with_a_preset_of_its_own(tmp_path, corpus):
+    path = plan_file(tmp_path, corpus)
+    path.write_text(path.read_text().replace("control = []", 'control = ["laptop_naive", "--run.compile", "model"]'))
+    plan = ablate.read_plan(path)
+    control, slow = (ablate.configuration(plan, name, 1) for name in ("control", "slow"))
+    assert (control.preset, slow.preset) == ("laptop_naive", "smoke")
+    assert control.run.compile == "model" and control.run.data == slow.run.data == str(corpus)
+
+
 def test_equal_flops_gives_steps_by_the_work_of_each(tmp_path, corpus):
     plan = ablate.read_plan(plan_file(tmp_path, corpus, "flops", 1e12))
     config = ablate.configuration(plan, "control", 1)
