@@ -84,7 +84,8 @@ def show(folder: Positional[str], json: bool = False) -> int:
         print(dumps(record.as_dict() | {"verdict": verdict}))
         return 0
     values = {"name": record.name, "status": record.status, "preset": record.preset, "seed": record.seed,
-              "track": record.track, "corpus": record.corpus, **record.closing()}  # fmt: skip
+              "track": record.track, "corpus": record.corpus, **record.closing(),
+              "training_flops": record.training_flops or "not counted"}  # fmt: skip
     for loops, bpb in record.quantization_penalty.items():
         values[f"packing costs at {loops} loops"] = f"{bpb:+.5f} bpb"
     for key, value in values.items():

@@ -147,7 +147,7 @@ def budget_flags(plan: Plan, variant: str, config: Config) -> list[str]:
 def step_flops(config: Config) -> float:
     """Training FLOPs of an average step, with loops switched on where the recipe says."""
     share = config.recipe.loops_from if config.shape.loops > 1 else 0.0
-    early, late = pace.step_work(config, 1)[0], pace.step_work(config)[0]
+    early, late = pace.step_flops(config, 1), pace.step_flops(config)
     return share * early + (1 - share) * late
 
 
@@ -208,7 +208,8 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
             shutil.move(records[0].parent, target)
     kept = (
         "status", "reason", "val_bpb", "val_loss", "unpacked_val_bpb", "quantization_penalty", "bytes_total",
-        "bytes_model", "steps", "tokens", "tokens_per_second", "train_seconds", "peak_memory", "train_loss",
+        "bytes_model", "steps", "tokens", "training_flops", "tokens_per_second", "train_seconds", "peak_memory",
+        "train_loss",
     )  # fmt: skip
     return {**row, **{key: record.get(key) for key in kept}}
 

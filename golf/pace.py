@@ -47,13 +47,19 @@ def layer_flops(shape: Shape, length: int) -> int:
     return 2 * (2 * shape.width**2 + 2 * shape.width * shape.kv_width + mlp) + 2 * shape.width * length
 
 
-def forward_flops(config: Config, loops: int | None = None) -> int:
-    """Multiply-adds x 2 of one token's forward pass: matrices, causal attention (half the square), head."""
+def forward_flops(config: Config, loops: int | None = None, length: int = 0) -> int:
+    """Multiply-adds x 2 of one token's forward pass in rows of `length`, or else the recipe's: matrices, causal
+    attention (half the square), head."""
     shape = config.shape
     pairs = 2 * shape.width * shape.bigram_width if shape.bigram_rows else 0
     layers, ends = layers_and_ends(config, loops)
-    layer = layer_flops(shape, config.recipe.sequence_length)
+    layer = layer_flops(shape, length or config.recipe.sequence_length)
     return layers * layer + ends * 2 * shape.width * shape.vocab_size + pairs
+
+
+def step_flops(config: Config, loops: int | None = None, length: int = 0) -> int:
+    """FLOPs of one training step: forward, and twice that backward."""
+    return config.recipe.batch_tokens * 3 * forward_flops(config, loops, length)
 
 
 def layers_and_ends(config: Config, loops: int | None = None) -> tuple[int, int]:
@@ -72,7 +78,7 @@ def step_work(config: Config, loops: int | None = None) -> tuple[int, int, int, 
     layers, ends = layers_and_ends(config, loops)
     scores = layers * shape.heads * config.recipe.sequence_length // 2
     return (
-        tokens * 3 * forward_flops(config, loops), tokens * layers * shape.width,
+        step_flops(config, loops), tokens * layers * shape.width,
         ends * tokens * shape.vocab_size, tokens * scores,
     )  # fmt: skip
 

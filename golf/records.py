@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from golf.config import TRACKS, Config, Pack, Recipe, Run, Scoring, UsageError, 
 from golf.data import Corpus
 from golf.files import write_bytes
 from golf.folders import sizes
+from golf.log_file import read_log
+from golf.pace import step_flops
 from golf.shape import Shape
 
 SCHEMA = 1
@@ -69,6 +72,8 @@ class Record:
     headroom: int = 0
     steps: int = 0
     tokens: int = 0
+    training_flops: int = 0
+    """Counted from the log: forward and backward of every step that stands, at its loops and length."""
     tokens_per_second: float = 0.0
     train_seconds: float = 0.0
     eval_seconds: float | None = None
@@ -262,7 +267,7 @@ def from_run(
         },
         context=config.recipe.sequence_length, stride=config.scoring.stride, adapts=config.scoring.adapts,
         chunk=config.scoring.chunk if config.scoring.adapts else 0, content_shapes=config.scoring.exit != "none",
-        steps=result.steps, tokens=result.tokens,
+        steps=result.steps, tokens=result.tokens, training_flops=training_flops(folder, config, result.steps),
         tokens_per_second=round(result.tokens / result.train_seconds, 1) if result.train_seconds else 0.0,
         train_seconds=round(result.train_seconds, 3), train_loss=number(result.loss), peak_memory=result.peak_memory,
         unpacked_val_loss=number(unpacked and unpacked.loss), unpacked_val_bpb=number(unpacked and unpacked.bpb),
@@ -270,6 +275,13 @@ def from_run(
         config=json.loads(json.dumps(asdict(config))), environment=environment, record=str(folder),
         extra={"resumed": True} if config.run.resume else {},
     )  # fmt: skip
+
+
+def training_flops(folder: Path, config: Config, steps: int) -> int:
+    """FLOPs of the first `steps` steps in a run's log."""
+    taken = [r for r in read_log(folder / "log.jsonl") if r.get("event") == "step" and r["step"] <= steps]
+    kinds = Counter((r["loops"], config.recipe.length_at(r["progress"])) for r in taken)
+    return sum(times * step_flops(config, *kind) for kind, times in kinds.items())
 
 
 def judged(folder: Path, record: Record, data: Path) -> Record:

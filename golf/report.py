@@ -41,7 +41,7 @@ SHADES = {"embedding": "#9ecae1", "attention": "#a1d99b", "mlp": "#fdae6b", "con
 ATTENTION = ("query", "key", "value", "out")
 DIFFERENCES = (
     "val_bpb", "val_loss", "unpacked_val_bpb", "bytes_total", "bytes_code", "bytes_model", "headroom", "steps",
-    "tokens", "tokens_per_second", "train_seconds", "eval_seconds", "peak_memory",
+    "tokens", "training_flops", "tokens_per_second", "train_seconds", "eval_seconds", "peak_memory",
 )  # fmt: skip
 
 
@@ -123,7 +123,8 @@ def headline(told: Told) -> str:
     items = [
         (score, f"bits a byte, {record.status}"),
         (f"{record.bytes_total:,}", f"bytes; {room}" if record.cap else "bytes"),
-        (f"{record.train_seconds:.1f} s", f"training, {record.steps:,} steps, {record.tokens:,} tokens"),
+        (f"{record.train_seconds:.1f} s", f"training, {record.steps:,} steps, {record.tokens:,} tokens"
+         + (f", {record.training_flops:.3g} FLOPs" if record.training_flops else "")),
         (f'<span class="{"good" if good else "bad"}">{html.escape(said[:60])}</span>', "by the referee"),
     ]
     return '<ul class="headline">' + "".join(f"<li><b>{v}</b>{html.escape(n)}</li>" for v, n in items) + "</ul>"

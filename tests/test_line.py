@@ -20,6 +20,7 @@ import train_gpt
 from golf import prepare, records, sources
 from golf.config import UsageError
 from golf.console import run_script
+from golf.pace import step_flops
 
 
 def rows(folder: Path, event: str | None = None) -> list[dict]:
@@ -52,6 +53,9 @@ def test_the_closing_block_is_the_record(trained):
         assert block[key] == str(record[key]), key
     assert Path(block["record"]) == folder
     assert record["steps"] == 30 and record["tokens"] == 30 * 512
+    config = records.config_of(records.read(folder))
+    late = round(30 * (1 - config.recipe.loops_from))
+    assert record["training_flops"] == (30 - late) * step_flops(config, 1) + late * step_flops(config)
     assert record["cap"] == 400_000 and record["headroom"] == 400_000 - record["bytes_total"] > 0
     assert record["val_bpb"] < record["unpacked_val_bpb"] * 1.02
     for key in (

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from golf import pace
 from golf.average import WeightAverage
@@ -193,3 +195,15 @@ def test_passes_that_are_all_trained_count_as_work():
     each = replace(once, recipe=replace(once.recipe, depth_loss="each"))
     assert pace.layers_and_ends(once) == (5, 1) and pace.layers_and_ends(each) == (7, 3)
     assert pace.step_work(each)[2] == 3 * pace.step_work(once)[2]
+
+
+@pytest.mark.parametrize("loops", [1, 3])
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_a_steps_flops_are_those_that_torch_counts(loops, activation):
+    config = Config(shape=replace(SHAPE, activation=activation), recipe=Recipe(sequence_length=64, batch_tokens=256))
+    model, rows = RecurrentGPT(config.shape).initialize(config.recipe, 1), torch.arange(256).view(4, 64) % 64
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        model.head_loss(model.hidden(rows, torch.float32, loops), rows).backward()
+    found = {kind.__name__: flops for kind, flops in counted.get_flop_counts()["Global"].items()}
+    assert set(found) == {"mm", "bmm"}  # matrices, and attention over the whole square, of which half is needed
+    assert found["mm"] + found["bmm"] // 2 == pace.step_flops(config, loops)
