@@ -358,7 +358,7 @@ def texts_to_draw(path: str) -> list[Document]:
             raise UsageError(f"--text {path}: it is not UTF-8 text ({error.reason}).") from error
         found = [Document(text, "the text" if path == "-" else Path(path).name)] if text else []
     if not found:
-        raise UsageError(f"--text {path}: it is empty.")
+        raise UsageError(f"--text {path}: it is empty, give text.")
     kept, left = [], SHOWN_BYTES
     for one in found:
         if left > 0:

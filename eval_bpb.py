@@ -68,7 +68,7 @@ def judge(
     try:
         text = validation.load(data, entry)
         if text.tokens.size - 1 < entry.context and official:
-            raise UsageError(f"--data {data}: it is shorter than one row of {entry.context} tokens.")
+            raise UsageError(f"--data {data}: it is shorter than one row of {entry.context} tokens, give more text.")
         verdict |= score_text(entry, text, data, sheet, limits, official, claims, keep)
     except Invalid as fault:
         verdict["invalid"] = str(fault)

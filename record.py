@@ -35,7 +35,7 @@ dumps = json.dumps  # commands have an option called json
 def runs_folder(runs: str) -> Path:
     """--runs as a folder. Raises UsageError."""
     if not Path(runs).is_dir():
-        raise UsageError(f"--runs {runs}: there is no such folder.")
+        raise UsageError(f"--runs {runs}: there is no such folder, name one that holds run folders.")
     return Path(runs)
 
 

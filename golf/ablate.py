@@ -104,17 +104,17 @@ def make_plan(values: dict, path: str) -> Plan:
             raise UsageError(f"{path}: {key} is {value!r:.60}, not of the right type.")
     missing = [k for k in ("preset", "data", "equal", "amount", "seeds", "variants") if not values.get(k)]
     if missing:
-        raise UsageError(f"{path}: {missing[0]} is missing.")
+        raise UsageError(f"{path}: {missing[0]} is missing, give it.")
     plan = Plan(**values)
     if plan.equal not in EQUAL:
         raise UsageError(f"{path}: equal is {plan.equal!r:.60}, give one of {', '.join(EQUAL)}.")
     if plan.preset not in PRESETS:
         raise UsageError(f"{path}: preset {plan.preset!r:.60} is unknown, give one of {', '.join(PRESETS)}.")
     if plan.control and plan.control not in plan.variants:
-        raise UsageError(f"{path}: control {plan.control!r:.60} is none of the variants.")
+        raise UsageError(f"{path}: control {plan.control!r:.60} is none of the variants, name one of them.")
     for name, words in plan.variants.items():
         if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
-            raise UsageError(f"{path}: variant {name} is not a list of words.")
+            raise UsageError(f"{path}: variant {name} is not a list of words, give its flags as one.")
         configuration(plan, name, plan.seeds[0])
     return plan
 

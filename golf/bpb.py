@@ -106,7 +106,7 @@ class ByteTable:
     def count(self, previous: np.ndarray, targets: np.ndarray) -> int:
         """Bytes of `targets`, each after its token in `previous`; any shape. Raises UsageError on an unknown piece."""
         if (targets == self.unknown).any():
-            raise UsageError("The tokens hold the unknown piece: bytes of the text are lost and cannot be counted.")
+            raise UsageError("The tokens hold the unknown piece, which loses bytes; use one with byte fallback.")
         total = int(self.length[targets].sum(dtype=np.int64))
         if self.drops_first_space:
             total -= int((self.spaced[targets] & self.boundary[previous]).sum())

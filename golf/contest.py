@@ -71,7 +71,7 @@ def fetch(out: Path, variant: str, train_shards: int) -> dict:
     stats = row.get("stats") or {}
     there = int(stats.get("files_train", train_shards))
     if train_shards > there:
-        raise UsageError(f"--train-shards {train_shards}: {variant} has {there} of them.")
+        raise UsageError(f"--train-shards {train_shards}: {variant} has {there} of them, give that many or fewer.")
     tokenizer_row = entry(published, "tokenizers", str(row.get("tokenizer_name")))
     tokenizer = tokenizer_row.get("model_path") or f"tokenizers/fineweb_{variant.removeprefix('sp')}_bpe.model"
     model = download(str(tokenizer), out).rename(out / "tokenizer.model")

@@ -55,7 +55,7 @@ def batches(looped: Looped, corpus: Corpus, rows: int) -> list[Batch]:
     tokens = np.concatenate(corpus.shards("val"))[: rows * looped.context + 1].astype(np.int64)
     count = (tokens.size - 1) // looped.context
     if not count:
-        raise UsageError(f"--data {corpus.folder}: it is shorter than one row of {looped.context} tokens.")
+        raise UsageError(f"--data {corpus.folder}: it is shorter than {looped.context} tokens, give more text.")
     inputs, targets = (
         tokens[at : at + count * looped.context].reshape(count, looped.context) for at in (0, 1)
     )  # fmt: skip

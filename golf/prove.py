@@ -127,7 +127,7 @@ def choose(validation: Validation, context: int, documents: int, tokens: int, rn
     longest = min(tokens, context)
     enough = np.flatnonzero(ends - validation.starts > min(16, longest))
     if not enough.size:
-        raise UsageError("The validation text has no document of 16 tokens to prove anything on.")
+        raise UsageError("The validation text has no document of 16 tokens to prove anything on, give a longer one.")
     picked = rng.permutation(enough)[:documents]
     picked = picked[np.argsort(validation.starts[picked] - ends[picked], kind="stable")]  # the longest first
     return Sample([

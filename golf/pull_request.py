@@ -53,13 +53,13 @@ def ready(runs: list[Path]) -> list[Record]:
         if told is None:
             raise UsageError(f"{folder}: it has no verdict, run python eval_bpb.py {folder} first.")
         if not told["valid"]:
-            raise UsageError(f"{folder}: the referee calls it invalid ({told['invalid']}).")
+            raise UsageError(f"{folder}: the referee calls it invalid ({told['invalid']}), leave it out.")
         if told.get("folder_sha256") != folders.sha256_of(folder):
             raise UsageError(f"{folder}: its files are not those that were judged, run python eval_bpb.py {folder}.")
         if record.headroom < 0:
-            raise UsageError(f"{folder}: it is {-record.headroom:,} bytes over the cap.")
+            raise UsageError(f"{folder}: it is {-record.headroom:,} bytes over the cap, leave it out.")
         if record.extra.get("resumed"):
-            raise UsageError(f"{folder}: it was interrupted and resumed, which the track does not allow.")
+            raise UsageError(f"{folder}: it was interrupted and resumed, which the track does not allow; leave it out.")
         if record.config.get("run", {}).get("pace") or record.config.get("run", {}).get("max_steps"):
             raise UsageError(f"{folder}: it was not trained under the clock (--run.max-steps or --run.pace).")
     return found

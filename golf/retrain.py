@@ -29,7 +29,7 @@ def without_validation(corpus: Corpus, target: Path) -> None:
     target.mkdir()
     shards = corpus.shards("train")
     if not shards:
-        raise UsageError(f"{corpus.folder} has no training shards to train on again.")
+        raise UsageError(f"{corpus.folder} has no training shards to train on again, give --data with them.")
     for name in corpus.files["train"]:
         os.symlink((corpus.folder / name).resolve(), target / name)
     shutil.copyfile(corpus.tokenizer, target / "tokenizer.model")

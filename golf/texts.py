@@ -19,7 +19,7 @@ def read_topics(path: Path) -> list[Document]:
         if not (document.text and document.topic):
             raise UsageError(f"{path}: document {number} has no {'topic' if document.text else 'text'}.")
     if not found:
-        raise UsageError(f"{path} holds no documents.")
+        raise UsageError(f"{path} holds no documents, name lines of {{topic, text}}.")
     return found
 
 

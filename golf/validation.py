@@ -117,7 +117,7 @@ def from_texts(texts: Iterator[str], tokenizer: Tokenizer, source: str, **about:
         counted.append(len(original))
         at += tokens.size
     if not rows:
-        raise UsageError("The validation text has no documents.")
+        raise UsageError("The validation text has no documents, give --data with some.")
     if lost:
         raise Invalid(
             f"the tokenizer does not give back {lost:,} of {len(rows):,} documents byte for byte; {SHARDS_MODE}", 7

@@ -26,3 +26,9 @@ def test_a_strangers_submission_is_built_and_judged(corpus, tmp_path, name, more
 def test_examples_use_none_of_our_code():
     for path in (ROOT / "examples").glob("*/*.py"):
         assert "import golf" not in path.read_text() and "from golf" not in path.read_text(), path
+
+
+def test_readmes_tables_are_those_of_the_run_folders():
+    done = run("examples/tables.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| bpb |" in done.stdout and "seed" in done.stdout

@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""README's tables of runs, from the run folders that they stand on.
+
+    python examples/tables.py            # print each table that README marks with <!-- runs: FOLDER -->
+    python examples/tables.py --write    # put them there
+
+A folder holds runs named VARIANT-seedN, as `golf.ablate` keeps them. Exit code 1 where README says otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from golf import records
+
+MARK = re.compile(r"<!-- runs: (\S+) -->\n(?:\|.*\n)*")
+HEAD = ("run", "unique blocks", "layers", "bytes", "steps", "training FLOPs", "packing costs", "bpb", "sd", "seeds")
+
+
+def rows_of(folder: Path) -> list[tuple[float, tuple]]:
+    """Mean score and cells of each variant's runs. Raises UsageError for a record that cannot be read."""
+    variants: dict[str, list[records.Record]] = {}
+    for path in sorted(folder.glob("*-seed*/submission.json")):
+        variants.setdefault(path.parent.name.rpartition("-seed")[0], []).append(records.read(path.parent))
+    rows = []
+    for name, runs in variants.items():
+        runs = [r for r in runs if r.status == "complete" and r.val_bpb is not None]
+        if not runs or len({r.fingerprint for r in runs}) > 1:
+            raise SystemExit(f"{folder}: the runs of {name} are none, or of several configurations.")
+        shape, scores = runs[0].config["shape"], [r.val_bpb for r in runs]
+        unique = shape["prelude"] + shape["core"] + shape["coda"]
+        cost = statistics.mean(list(r.quantization_penalty.values())[-1] for r in runs)
+        rows.append((statistics.mean(scores), (
+            f"`{name}`", unique, unique + shape["core"] * (shape["loops"] - 1),
+            f"{statistics.mean(r.bytes_total for r in runs):,.0f}", f"{statistics.mean(r.steps for r in runs):,.0f}",
+            f"{statistics.mean(r.training_flops for r in runs):.3g}", f"{cost:.4f}", f"{statistics.mean(scores):.4f}",
+            f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "-", len(runs),
+        )))  # fmt: skip
+    return rows
+
+
+def table(folder: Path) -> str:
+    """Markdown, best first."""
+    lines = [HEAD, ("---",) * len(HEAD), *(cells for _, cells in sorted(rows_of(folder)))]
+    return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
+
+
+def main(write: bool) -> int:
+    path = ROOT / "README.md"
+    said = path.read_text("utf-8")
+    for mark in MARK.finditer(said):
+        print(f"{mark[1]}\n\n{table(ROOT / mark[1])}")
+    true = MARK.sub(lambda mark: f"<!-- runs: {mark[1]} -->\n{table(ROOT / mark[1])}", said)
+    if write:
+        path.write_text(true, "utf-8")
+    elif true != said:
+        print("README says otherwise; --write corrects it.")
+    return int(true != said and not write)
+
+
+if __name__ == "__main__":
+    sys.exit(main("--write" in sys.argv[1:]))
