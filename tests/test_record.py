@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -161,6 +163,39 @@ def test_a_record_shows_what_it_says_and_a_forged_verdict_is_none(tmp_path):
     (folder / "verdict.json").write_text('{"valid": "yes", "checks": 7}')
     assert json.loads(run("record.py", "show", folder, "--json").stdout)["verdict"] is None
     assert run("record.py", "show", tmp_path / "nowhere").returncode == 2
+
+
+def test_a_record_from_before_a_key_was_there_is_read_everywhere(tmp_path):
+    folder, other = folder_of(tmp_path, "old"), folder_of(tmp_path, "other", seed=2)
+    told = json.loads((folder / "submission.json").read_text())
+    for key in ("training_flops", "quantization_penalty", "content_shapes", "environment"):
+        del told[key]
+    (folder / "submission.json").write_text(json.dumps(told))
+    assert "training_flops: not counted" in run("record.py", "show", folder).stdout
+    assert json.loads(run("record.py", "list", "--runs", tmp_path, "--json").stdout)[0]["status"] == "complete"
+    for command in (["report", folder], ["compare", folder, "--against", other], ["leaderboard", "--runs", tmp_path]):
+        done = run("record.py", *command)
+        assert done.returncode == 0, done.stderr
+
+
+def test_names_with_spaces_and_letters_of_any_script_are_names(tmp_path):
+    folder = folder_of(tmp_path, "ein Lauf \u2013 \u8bd5\u9a8c & <b>")
+    assert folder.name in run("record.py", "list", "--runs", tmp_path).stdout
+    assert run("record.py", "report", folder).returncode == 0
+    page = (folder / "report.html").read_text("utf-8")
+    assert "&amp; &lt;b&gt;" in page and "<b>" + "&" not in page
+
+
+@pytest.mark.parametrize("command", [["report", "FOLDER"], ["leaderboard", "--runs", "RUNS"]])
+def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, command):
+    folder = folder_of(tmp_path, "one")
+    before = sorted(p for p in tmp_path.rglob("*"))
+    words = [{"FOLDER": str(folder), "RUNS": str(tmp_path)}.get(w, w) for w in command]
+    # A file-size limit is what a full disk looks like to a process.
+    line = f"ulimit -f 0; trap '' XFSZ; exec {shlex.join([sys.executable, str(ROOT / 'record.py'), *words])}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and re.fullmatch(r"error: \S+(html|md): File too large\.\n", done.stderr), done.stderr
+    assert sorted(p for p in tmp_path.rglob("*")) == before
 
 
 # == cleaning ======================================================================================================
