@@ -307,7 +307,8 @@ class Config:
 def require(condition: bool, option: str, value: object, way_out: str) -> None:
     """Raise UsageError("--option value: way out") unless `condition` holds."""
     if not condition:
-        raise UsageError(f"--{option.replace('_', '-')} {value}: {way_out}.")
+        name = option.replace("_", "-")
+        raise UsageError(f"--{name} {value}: {way_out}.")
 
 
 MOST = {"vocab_size": 65_536, "width": 65_536, "heads": 4096, "kv_heads": 4096, "core": 1024, "loops": 1024,

@@ -111,6 +111,13 @@ def test_minified_and_packed_are_smaller():
     assert len(bundle.packed(small)) < len(bundle.packed(source)) < len(small) < len(source)
 
 
+def test_no_formatted_string_holds_a_quoted_one():
+    """From Python 3.12 on such a string is minified to one that 3.11 cannot read, and to other bytes."""
+    fields = [n for n in ast.walk(ast.parse(bundle.readable(PRESETS["laptop"]))) if isinstance(n, ast.FormattedValue)]
+    quoted = [n for field in fields for n in ast.walk(field.value) if isinstance(n, ast.Constant)]
+    assert fields and not [n.value for n in quoted if isinstance(n.value, str | bytes)]
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.one_of(st.binary(), st.binary(min_size=1, max_size=1).map(lambda b: b * 3 + b"07\\n\"\r\n")))
 def test_any_bytes_stand_in_a_source(data):
