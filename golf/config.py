@@ -375,9 +375,9 @@ def check_threshold(rule: str, threshold: float, shape: Shape) -> None:
     require(rule != "gate" or gate != "none", "scoring.exit", rule, "the model has no gate, give another rule")
     fits = rule == "gate" or gate != "act"
     require(fits, "scoring.exit", rule, "the model mixes its passes by its own gate, give gate")
-    most = {"fixed": loops, "random": 1.0, "margin": 1.0, "gate": 1.0}.get(rule, 1e6)
+    least, most = int(rule == "fixed"), {"fixed": loops, "random": 1.0, "margin": 1.0, "gate": 1.0}.get(rule, 1e6)
     whole = rule != "fixed" or threshold in range(1, loops + 1)
-    way_out = f"{rule} takes {1 if rule == 'fixed' else 0} to {most:g}"
+    way_out = f"{rule} takes {least} to {most:g}"
     require(0 <= threshold <= most and whole, "scoring.exit_threshold", f"{threshold:g}", way_out)
 
 
