@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import python_minifier
 import torch
 from test_exits import model_of, tokens_of
 
@@ -143,3 +144,52 @@ def test_unpacked_weights_are_those_that_were_packed(alone, tmp_path):
     again = run("artifact.py", "unpack", alone / "model.bin", tmp_path / "again.safetensors")
     assert again.returncode == 0
     assert (tmp_path / "w.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+
+
+def test_packed_by_another_numpy(alone, tmp_path):
+    """Packing uses products, Cholesky factors and rounding: the oldest numpy that knows its names gives the same
+    bytes."""
+    other = tmp_path / "numpy"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(other), "numpy==2.0.2"]
+    if subprocess.run(pip, capture_output=True, check=False).returncode:
+        pytest.skip("numpy 2.0.2 cannot be had here")
+    packed = []
+    for place in ("", f"{other}{os.pathsep}"):
+        target = tmp_path / f"{len(packed)}.bin"
+        done = run("artifact.py", "pack", alone / "checkpoint.safetensors", target, "--hessians",
+                   alone / "hessians.safetensors", "--target-bytes", 30_000, PYTHONPATH=f"{place}{ROOT}")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        packed.append(target.read_bytes())
+    assert run("-c", "import numpy; print(numpy.__version__)", PYTHONPATH=str(other)).stdout == "2.0.2\n"
+    assert packed[0] == packed[1]
+
+
+BUNDLES = """
+import hashlib, sys
+from golf import bundle
+from golf.presets import PRESETS
+bundle.MINIFIED = bundle.ROOT / "nowhere" / "kept.json"
+print(sys.version_info[:2])
+for name in ("laptop", "baseline"):
+    for path, data in sorted(bundle.counted_files(PRESETS[name]).items()):
+        print(name, path, len(data), hashlib.sha256(data).hexdigest())
+"""
+
+
+def test_bundled_by_another_python(tmp_path):
+    """The counted code is parsed, written anew and minified by the Python that packs."""
+    (tmp_path / "bundles.py").write_text(BUNDLES)
+    packages = tmp_path / "packages"
+    shutil.copytree(Path(python_minifier.__file__).parent, packages / "python_minifier")
+    npm = shutil.which("npm") and shutil.which("node")
+    get = ["npm", "install", "--silent", "--prefix", str(tmp_path), "pyodide@314.0.7"]
+    if not npm or subprocess.run(get, capture_output=True, check=False).returncode:
+        pytest.skip("there is no node, or Python 3.14 for it cannot be had here")
+    words = [ROOT / "tests" / "other_python.mjs", tmp_path / "node_modules" / "pyodide", ROOT, packages]
+    other = subprocess.run(["node", *map(str, words), str(tmp_path / "bundles.py")], capture_output=True, text=True,
+                           check=False)  # fmt: skip
+    ours = run("-c", BUNDLES)
+    assert ours.returncode == other.returncode == 0, ours.stderr + other.stderr
+    versions, bundles = zip(*(out.split("\n", 1) for out in (ours.stdout, other.stdout)), strict=True)
+    assert versions[1] == "(3, 14)" != versions[0]
+    assert bundles[0] == bundles[1] and bundles[0].count("\n") == 3
