@@ -145,14 +145,6 @@ def validate(
     return Score(nats, int(count), text_bytes)
 
 
-def loops_at(config: Config, progress: float, step: int) -> int:
-    """Passes through the core at a step, the same on every rank."""
-    loops = config.shape.loops if progress >= config.recipe.loops_from else 1
-    if config.recipe.random_loops and loops > 1:
-        loops = int(np.random.default_rng([config.run.seed, step]).integers(1, loops + 1))
-    return loops
-
-
 def train(
     config: Config, corpus: Corpus, machine: Machine, interrupt: Interrupt, report: Callable[[dict], None],
     keeper: object = None,
@@ -194,7 +186,7 @@ def train(
             if keeper:
                 keeper.keep()
             break
-        loops = loops_at(config, progress, result.steps)
+        loops = shape.loops if progress >= recipe.loops_from else 1
         if recipe.length_at(progress) != length:
             length = recipe.length_at(progress)
             source = source_from(length, result.steps)

@@ -46,19 +46,28 @@ class Kept:
 
     keys: Tensor
     values: Tensor
-    at: Tensor  # (B, N) int64 position of each given state; a position may stand twice with the same state
-    moves: Tensor  # (B, N) bool: those of the others stay as they were
+    at: Tensor | None = None
+    """(B, N) int64 position of each given state, or all in order; one may stand twice with the same state."""
+    moves: Tensor | None = None
+    """(B, N) bool, or all: the others stay as they were."""
 
     def take(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put in what moves of k and v (B, KV, N, head); returns all keys and values."""
-        place, moves = self.at[:, None, :, None].expand_as(k), self.moves[:, None, :, None]
-        put = Tensor.scatter if torch.is_grad_enabled() else Tensor.scatter_
-        self.keys = put(self.keys, 2, place, torch.where(moves, k, self.keys.gather(2, place)))
-        self.values = put(self.values, 2, place, torch.where(moves, v, self.values.gather(2, place)))
+        self.keys, self.values = self.put(self.keys, k), self.put(self.values, v)
         return self.keys, self.values
 
-    def seen(self) -> Tensor:
-        """(B, 1, N, T): which positions each state attends to."""
+    def put(self, kept: Tensor, new: Tensor) -> Tensor:
+        place = None if self.at is None else self.at[:, None, :, None].expand_as(new)
+        if self.moves is not None:
+            new = torch.where(self.moves[:, None, :, None], new, kept if place is None else kept.gather(2, place))
+        if place is None:
+            return new
+        return kept.scatter(2, place, new) if torch.is_grad_enabled() else kept.scatter_(2, place, new)
+
+    def seen(self) -> Tensor | None:
+        """(B, 1, N, T): which positions each state attends to; None where all are there and attend causally."""
+        if self.at is None:
+            return None
         return (self.at[:, :, None] >= torch.arange(self.keys.size(2), device=self.at.device))[:, None]
 
 
@@ -70,17 +79,15 @@ class Given:
     cos: Tensor  # (T, R / 2), or (B, 1, N, R / 2)
     sin: Tensor
     seen: Tensor | None = None  # (B, 1, T, T), or causal
-    own: Tensor | None = None  # (B, T, KV) added to values
 
     def at(self, place: Tensor) -> Given:
         """Of the positions (B, N) int64 only."""
-        own = None if self.own is None else gathered(self.own, place)
-        return Given(gathered(self.start, place), self.cos[place][:, None], self.sin[place][:, None], None, own)
+        return Given(gathered(self.start, place), self.cos[place][:, None], self.sin[place][:, None])
 
     def repeated(self, times: int) -> Given:
         """The same rows several times over, one copy after the other."""
-        seen, own = (None if t is None else t.repeat(times, *[1] * (t.ndim - 1)) for t in (self.seen, self.own))
-        return Given(self.start.repeat(times, 1, 1), self.cos, self.sin, seen, own)
+        seen = None if self.seen is None else self.seen.repeat(times, 1, 1, 1)
+        return Given(self.start.repeat(times, 1, 1), self.cos, self.sin, seen)
 
 
 def gathered(x: Tensor, place: Tensor) -> Tensor:
@@ -147,7 +154,7 @@ class Block(nn.Module):
 
     def attend(
         self, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, attn_gate: Tensor | None,
-        own: Tensor | None, kept: Kept | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:  # fmt: skip
         """x (B, T, D) normalised -> (B, T, D)."""
         batch, length, width = x.shape
@@ -156,8 +163,6 @@ class Block(nn.Module):
         q, k, v = F.linear(x, weight).split((width, kv_width, kv_width), dim=-1)
         if self.tap:
             self.tap("query", x, q), self.tap("key", x, k), self.tap("value", x, v)
-        if own is not None:
-            v = v + own
         q = q.view(batch, length, self.heads, self.head_size).transpose(1, 2)  # (B, H, T, head)
         k = k.view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
         v = v.view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
@@ -192,10 +197,10 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, attn_scale: Tensor, mlp_scale: Tensor, mix: Tensor,
-        gain: Tensor, seen: Tensor | None = None, attn_gate: Tensor | None = None, own: Tensor | None = None,
+        gain: Tensor, seen: Tensor | None = None, attn_gate: Tensor | None = None,
         lane: Tensor | None = None, lane_mix: Tensor | None = None, depth_scale: float = 1.0, kept: Kept | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        """x, x0 (B, T, D); scales (D,), mix (2, D), gain (H,), gate (H, GATE_CHANNELS), own (B, T, KV) -> (B, T, D).
+        """x, x0 (B, T, D); scales (D,), mix (2, D), gain (H,), gate (H, GATE_CHANNELS) -> (B, T, D).
 
         With a second `lane` (B, T, D) attention reads x, the MLP the lane, and both write to both as lane_mix (2, 3)
         says: the two streams are returned (contest, #1529).
@@ -204,11 +209,11 @@ class Block(nn.Module):
         mix = mix.to(x.dtype)
         if lane is None:
             x = mix[0] * x + mix[1] * x0
-            found = self.attend(F.rms_norm(x, width) * depth_scale, gain, cos, sin, seen, attn_gate, own, kept)
+            found = self.attend(F.rms_norm(x, width) * depth_scale, gain, cos, sin, seen, attn_gate, kept)
             x = x + attn_scale.to(x.dtype) * found
             return x + mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(x, width) * depth_scale)
         normal = F.rms_norm(mix[0] * x + mix[1] * x0, width) * depth_scale
-        found = attn_scale.to(x.dtype) * self.attend(normal, gain, cos, sin, seen, attn_gate, own, kept)
+        found = attn_scale.to(x.dtype) * self.attend(normal, gain, cos, sin, seen, attn_gate, kept)
         thought = mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(lane, width) * depth_scale)
         a, b = lane_mix.to(x.dtype)
         return a[0] * x + a[1] * found + a[2] * thought, b[0] * lane + b[1] * found + b[2] * thought

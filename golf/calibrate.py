@@ -15,8 +15,6 @@ from golf.model import RecurrentGPT
 from golf.quantize import Sensitivity
 from golf.shape import tensor_class
 
-TABLES = ("embedding", "bigram", "value_table")  # whose rows are looked up
-
 
 class Collector:
     """Hessian sums of one model, filled through its taps while batches run forward and backward."""
@@ -28,9 +26,7 @@ class Collector:
             for name, p in model.named_parameters()
             if tensor_class(name) != "control"
         }
-        self.rows = {
-            name: torch.zeros(p.shape[0], device=p.device) for name, p in model.named_parameters() if name in TABLES
-        }
+        self.rows = torch.zeros(model.shape.vocab_size, device=model.embedding.device)
         self.tokens = self.batches = 0
         model.tap = self.top
         for index, block in enumerate(model.blocks):
@@ -41,10 +37,8 @@ class Collector:
         y.register_hook(partial(self.add, prefix + role, x.detach()))
 
     def top(self, use: str, x: Tensor, y: Tensor) -> None:
-        """What is no block's: the tied embedding as a matrix at the head, tables' rows looked up, projections."""
-        name = {"head": "embedding", "lookup": "embedding"}.get(use, use)
-        add = self.add_head if use == "head" else partial(self.add_lookup if name in TABLES else self.add, name)
-        y.register_hook(partial(add, x.detach()))
+        """The tied embedding: a matrix at the head, rows that are looked up."""
+        y.register_hook(partial({"head": self.add_head, "lookup": self.add_lookup}[use], x.detach()))
 
     def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Sum over tokens of |g|^2 / R x x'; of a mean loss's gradient, so `finish` multiplies by the tokens."""
@@ -55,14 +49,12 @@ class Collector:
     def add_head(self, x: Tensor, gradient: Tensor) -> None:
         self.add("embedding", x, gradient)
         x = x.flatten(0, -2).float()
-        self.rows["embedding"] += (
-            gradient.flatten(0, -2).float().square().mT @ x.square().mean(dim=1, keepdim=True)
-        )[:, 0]  # fmt: skip
+        self.rows += (gradient.flatten(0, -2).float().square().mT @ x.square().mean(dim=1, keepdim=True))[:, 0]
 
-    def add_lookup(self, name: str, rows: Tensor, gradient: Tensor) -> None:
+    def add_lookup(self, rows: Tensor, gradient: Tensor) -> None:
         weight = gradient.flatten(0, -2).float().square().mean(dim=1)
-        self.rows[name].index_add_(0, rows.flatten(), weight)
-        self.sums[name].diagonal().add_(weight.sum() / self.rows[name].numel())
+        self.rows.index_add_(0, rows.flatten(), weight)
+        self.sums["embedding"].diagonal().add_(weight.sum() / self.rows.numel())
 
     def batch(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype, isolate: bool = False) -> None:
         """Forward and backward over one batch (B, T) at full depth; the parameters' own gradients are dropped."""
@@ -83,9 +75,9 @@ class Collector:
         for name, hessian in self.sums.items():
             machine.add_up(hessian)
             rows = np.ones(self.model.get_parameter(name).shape[0])
-            if name in TABLES:
-                machine.add_up(self.rows[name])
-                rows = self.rows[name].double().cpu().numpy()
+            if name == "embedding":
+                machine.add_up(self.rows)
+                rows = self.rows.double().cpu().numpy()
                 rows /= max(rows.mean(), 1e-300)
             found[name] = Sensitivity(hessian.double().cpu().numpy() * scale, rows)
         return found

@@ -58,8 +58,6 @@ class Recipe:
     """Mean number of passes that the penalty is steered to; 0 leaves it as it is."""
     gate_bias: float = 0.0
     """Added to the gate's logits at the start; below 0 is a gate that keeps looping."""
-    random_loops: bool = False
-    """Draw the number of passes anew each step, from 1 to the shape's, once repeats are on."""
     loops_from: float = 0.0
     """Fraction of the clock at which the core's repeats are switched on; before it the core runs once."""
     momentum: float = 0.95
@@ -103,8 +101,6 @@ class Recipe:
     """Start of the learned gain on normalised queries."""
     matrix_init: Literal["uniform", "orthogonal"] = "uniform"
     """Start of matrices that do not start at zero."""
-    embed_spectrum: float = 0.0
-    """Give the embedding at the start singular values that fall as this power of their rank; 0 leaves them."""
 
     def length_at(self, progress: float) -> int:
         """Tokens a row at `progress` in [0, 1] of the clock."""
@@ -251,6 +247,16 @@ TRACKS = {
 }
 
 
+# Options that lost their comparisons and are gone (LAB.md), as runs without them have them: records that name them so
+# are read, and fingerprints stay.
+RETIRED: dict[str, dict] = {
+    "shape": {
+        "pass_signal": False, "pass_mix": False, "bigram_rows": 0, "bigram_width": 32, "value_blocks": 0,
+    },
+    "recipe": {"random_loops": False, "embed_spectrum": 0.0},
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Config:
     """One run, whole."""
@@ -280,8 +286,8 @@ class Config:
     @property
     def fingerprint(self) -> str:
         """Hash of track, shape, recipe and packing: equal for all seeds and machines of one configuration."""
-        parts = [self.shape, self.recipe, self.pack, self.scoring]
-        text = json.dumps([self.track, *map(asdict, parts)], sort_keys=True)
+        shape, recipe = (RETIRED[name] | asdict(getattr(self, name)) for name in ("shape", "recipe"))
+        text = json.dumps([self.track, shape, recipe, asdict(self.pack), asdict(self.scoring)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self, world_size: int = 1) -> Config:
@@ -343,7 +349,6 @@ def check_exits(shape: Shape) -> None:
         (shape.loops < 2, "shape.loops", "nothing is repeated, give 2 or more"),
         (shape.skips, "shape.skips", "skips join layers by their number, give --shape.no-skips"),
         (shape.lanes, "shape.lanes", "lanes begin at a layer's number, give --shape.no-lanes"),
-        (shape.pass_mix, "shape.pass-mix", "it reads what the pass before made, give --shape.no-pass-mix"),
     ):
         if wrong:
             raise UsageError(f"--{option}: {way_out} where tokens stop by themselves.")
@@ -405,11 +410,10 @@ def check_pace(config: Config) -> None:
 
 def kinds_of_steps(shape: Shape, recipe: Recipe) -> list[tuple[int, int]]:
     """(row length, loops) of every kind of step that training takes, the deepest, which needs most memory, first."""
-    found = set()
-    for progress in (0.0, recipe.short_until, recipe.loops_from, 1.0):
-        loops = shape.loops if progress >= recipe.loops_from else 1
-        for n in range(1, shape.loops + 1) if recipe.random_loops and loops > 1 else (loops,):
-            found.add((recipe.length_at(progress), n))
+    found = {
+        (recipe.length_at(progress), shape.loops if progress >= recipe.loops_from else 1)
+        for progress in (0.0, recipe.short_until, recipe.loops_from, 1.0)
+    }
     return sorted(found, key=lambda kind: (-kind[1], -kind[0]))
 
 
@@ -496,7 +500,8 @@ def fields_from_dict(kind: type, values: object, what: str):
     """A flat dataclass from a stranger's JSON object, names and types checked. Raises UsageError."""
     if not isinstance(values, dict):
         raise UsageError(f"The {what} is not a JSON object.")
-    kinds = {f.name: type(f.default) for f in fields(kind)}
+    kinds, gone = {f.name: type(f.default) for f in fields(kind)}, RETIRED.get(what, {})
+    values = {name: value for name, value in values.items() if name not in gone or value != gone[name]}
     unknown = sorted(set(values) - set(kinds))
     if unknown:
         raise UsageError(f"The {what} has the unknown field {unknown[0]!r:.60}.")

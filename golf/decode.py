@@ -81,7 +81,7 @@ class Decoder:
         near = torch.tensor([self.row[-WINDOW:]])
         given = self.entered(near, at)
         for bank in self.kept:
-            bank.at, bank.moves = torch.tensor([[at]]), torch.ones(1, 1, dtype=torch.bool)
+            bank.at = torch.tensor([[at]])
         if self.rule is None:
             states, loops = model.through(given, kept=self.kept), shape.loops
         else:
@@ -98,8 +98,7 @@ class Decoder:
         """What layers read of the last of some tokens (1, N), which stands at position `at`."""
         given = self.model.enter(near, self.dtype)
         cos, sin = self.model.rotary(self.length, near.device, self.dtype)
-        own = None if given.own is None else given.own[:, -1:]
-        return Given(given.start[:, -1:], cos[at : at + 1], sin[at : at + 1], None, own)
+        return Given(given.start[:, -1:], cos[at : at + 1], sin[at : at + 1])
 
 
 def write(decoder: Decoder, prompt: list[int], count: int, temperature: float, seed: int) -> Iterator[Written]:

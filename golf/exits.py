@@ -161,22 +161,44 @@ class Exits:
     """Positions that each pass computed, padding included."""
 
 
-def select(running: Tensor, gather: bool) -> tuple[Tensor, Tensor]:
-    """running (B, T) bool -> positions (B, N) int64 and whether each runs; N is one of SIZES parts of T, or T.
+@dataclass(frozen=True)
+class Chosen:
+    """What a pass computes: some positions of each row, or all."""
 
-    A row with fewer than N running positions repeats its last one; one with none holds position 0, which does not run.
+    place: Tensor | None  # (B, N) int64; None is all in order
+    moves: Tensor | None  # (B, N) bool, which of them run; None is all
+
+    def of(self, x: Tensor) -> Tensor:
+        """x (B, T) or (B, T, D) at those positions."""
+        if self.place is None:
+            return x
+        return gathered(x, self.place) if x.ndim == 3 else x.gather(1, self.place)
+
+    def put(self, x: Tensor, new: Tensor) -> Tensor:
+        """x with `new` where it runs."""
+        wide = (lambda t: t[..., None].expand_as(new)) if x.ndim == 3 else lambda t: t
+        if self.moves is not None:
+            new = torch.where(wide(self.moves), new, self.of(x))
+        return new if self.place is None else x.scatter(1, wide(self.place), new)
+
+
+def choose(running: Tensor, gather: bool) -> Chosen:
+    """running (B, T) bool -> the positions to compute: as many in each row, one of SIZES parts of T, or all.
+
+    A row with fewer running positions repeats its last one; one with none holds position 0, which does not run.
     """
-    rows, length = running.shape
-    if not gather:
-        return torch.arange(length, device=running.device).expand(rows, -1), running
-    counts = running.sum(dim=1)
+    length, counts = running.size(1), running.sum(dim=1)
     part = math.ceil(length / SIZES)
     size = min(length, part * max(1, math.ceil(int(counts.max()) / part)))
+    if size == length or not gather:
+        return Chosen(None, None if bool(running.all()) else running)
     order = torch.argsort(running.int(), dim=1, descending=True, stable=True)
-    place = torch.arange(size, device=running.device).expand(rows, -1)
+    place = torch.arange(size, device=running.device).expand(len(running), -1)
     place = order.gather(1, torch.minimum(place, (counts - 1).clamp_min(0)[:, None]))
+    if bool(counts.all()):
+        return Chosen(place, None)
     moves = (counts > 0)[:, None].expand(-1, size)
-    return torch.where(moves, place, 0), moves
+    return Chosen(torch.where(moves, place, 0), moves)
 
 
 @torch.no_grad()
@@ -199,33 +221,35 @@ def follow(
 ) -> Exits:  # fmt: skip
     """The passes over states x (B, T, D) at positions from `start` on, with the core's keys and values at each pass:
     the states that the coda reads, and depths."""
-    shape = model.shape
+    shape, everywhere = model.shape, torch.arange(x.size(1), device=x.device).expand(len(x), -1)
+    whole = kept[0][0].keys.size(2) == x.size(1)
     running = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     depths, computed = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device), []
     spent = x.new_zeros(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
     mixed = torch.zeros_like(x)  # of an ACT model
     read = lambda states: F.log_softmax(model.head(F.rms_norm(states, (shape.width,))), dim=-1)  # noqa: E731
     for passed in range(1, shape.loops + 1):
-        place, moves = select(running, gather)
+        chosen = choose(running, gather)
+        place = everywhere if chosen.place is None else chosen.place
         for bank in kept[passed - 1]:
-            bank.at, bank.moves = place + start, moves
-        before = gathered(x, place)
-        part = model.core_pass(before, given.at(place), passed, kept[passed - 1])
+            bank.at, bank.moves = None if whole and chosen.place is None else place + start, chosen.moves
+        before = chosen.of(x)
+        part = model.core_pass(before, given if chosen.place is None else given.at(place), passed, kept[passed - 1])
         computed.append(place.numel())
-        x = x.scatter(1, place[..., None].expand_as(part), torch.where(moves[..., None], part, before))
+        x = chosen.put(x, part)
         depths += running
         if passed == shape.loops:
             break
-        look = Look(passed, place, part, before, read, keys.gather(1, place), spent.gather(1, place))
+        look = Look(passed, place, part, before, read, chosen.of(keys), chosen.of(spent))
         if shape.exit_gate != "none":
             stop, left = torch.sigmoid(model.gate(part, passed)), 1 - look.spent
             look.spent = look.spent + stop * (left if shape.exit_gate == "hazard" else 1)
-        still = moves & ~rule.stops(look)
+        still = ~rule.stops(look)
         if shape.exit_gate == "act":
-            share = torch.where(moves, torch.where(still, stop, left), 0.0)[..., None].to(x.dtype)
-            mixed = mixed.scatter(1, place[..., None].expand_as(part), gathered(mixed, place) + share * part)
-        spent = spent.scatter(1, place, torch.where(moves, look.spent, spent.gather(1, place)))
-        running = torch.zeros_like(running).scatter(1, place, still) & running
+            share = torch.where(still, stop, left)[..., None].to(x.dtype)
+            mixed = chosen.put(mixed, chosen.of(mixed) + share * part)
+        spent = chosen.put(spent, look.spent)
+        running = chosen.put(running, still)
         if not running.any():
             break
     if shape.exit_gate == "act":

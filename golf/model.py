@@ -12,7 +12,7 @@ from golf.block import Block, Given, Kept, Tap, same_document
 from golf.config import Recipe
 from golf.halting import ACT_BIAS, EPSILON, SLACK, uniform_biases
 from golf.loss import capped, capped_cross_entropy, part_loss
-from golf.shape import BOS, GATE_CHANNELS, PASS_WAVES, Shape
+from golf.shape import BOS, GATE_CHANNELS, Shape
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,6 @@ ROLES = {
     "gate": Role("muon", "fan_in"),
     "attn_gate": Role("scalar", "zero"),
     "smear": Role("scalar", "zero"),
-    "pass_signal": Role("scalar", "zero"),
-    "pass_mix": Role("scalar", "zero"),
-    "bigram": Role("embed", "embed"),
-    "bigram_out": Role("muon", "zero"),
-    "value_table": Role("embed", "zero"),
     "lane_mix": Role("scalar", "lanes"),
     "exit_weight": Role("scalar", "zero"),
     "exit_bias": Role("scalar", "exits"),
@@ -58,13 +53,6 @@ def role_of(name: str) -> Role:
     if role is None:
         raise ValueError(f"parameter {name!r} has no role: no optimizer and no init rule")
     return role
-
-
-def with_spectrum(weight: Tensor, power: float) -> Tensor:
-    """A matrix of the same singular vectors, whose k-th singular value is the first's times k^-power (contest,
-    03-19_OvertoneInit)."""
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    return u * (s[0] * torch.arange(1, s.numel() + 1) ** -power) @ v
 
 
 @dataclass
@@ -99,15 +87,6 @@ class RecurrentGPT(nn.Module):
             self.attn_gate = nn.Parameter(torch.empty(rows, shape.heads, GATE_CHANNELS))
         if shape.smear:
             self.smear = nn.Parameter(torch.empty(1, GATE_CHANNELS + 1))
-        if shape.pass_signal:
-            self.pass_signal = nn.Parameter(torch.empty(PASS_WAVES, shape.width))
-        if shape.pass_mix:
-            self.pass_mix = nn.Parameter(torch.empty(shape.core, shape.width))
-        if shape.bigram_rows:
-            self.bigram = nn.Parameter(torch.empty(shape.bigram_rows, shape.bigram_width))
-            self.bigram_out = nn.Parameter(torch.empty(shape.width, shape.bigram_width))
-        if shape.value_blocks:
-            self.value_table = nn.Parameter(torch.empty(shape.vocab_size, shape.kv_width))
         if shape.lanes:
             self.lane_mix = nn.Parameter(torch.empty(rows, 2, 3))
         if shape.exit_gate != "none":
@@ -128,8 +107,6 @@ class RecurrentGPT(nn.Module):
             value = torch.empty(p.shape)
             if rule == "embed":
                 value.normal_(std=recipe.embed_std, generator=generator)
-                if recipe.embed_spectrum and name == "embedding":
-                    value = with_spectrum(value, recipe.embed_spectrum)
             elif rule == "fan_in" and recipe.matrix_init == "orthogonal":
                 nn.init.orthogonal_(value, generator=generator)
             elif rule == "fan_in":
@@ -177,18 +154,14 @@ class RecurrentGPT(nn.Module):
         shape = self.shape
         x, lane, pushed = given.start, None, []
         layers, pops = shape.layers(loops), shape.skip_layers(loops)
-        passes, made = [0] * shape.unique_layers, {}
         for layer, (block, row) in enumerate(layers):
             if shape.lanes and layer == len(layers) // 2:
                 lane = x
             if layer in pops:
                 x = x + self.skip_weight[self.skip_rows[row]].to(x.dtype) * pushed.pop()
-            x = self.between(x, block, passes[block], made.get(block))
-            passes[block] += 1
             x = self.layer(x, given, block, row, lane, kept[layer] if kept else None)
             if lane is not None:
                 x, lane = x
-            made[block] = x
             if layer < pops.start:
                 pushed.append(x)
             if seen is not None and block == shape.prelude + shape.core - 1:
@@ -211,9 +184,7 @@ class RecurrentGPT(nn.Module):
         shape = self.shape
         start = shape.prelude + (passed - 1) * shape.core
         for at, (block, row) in enumerate(shape.layers(max(passed, shape.loops))[start : start + shape.core]):
-            x = self.layer(
-                self.between(x, block, passed - 1, None), given, block, row, kept=kept[at] if kept else None
-            )  # fmt: skip
+            x = self.layer(x, given, block, row, kept=kept[at] if kept else None)
         return x
 
     def coda(self, x: Tensor, given: Given, kept: list[Kept] | None = None) -> Tensor:
@@ -227,9 +198,7 @@ class RecurrentGPT(nn.Module):
         """For each block of the core, of states x (B, T, D): every position changes, and nothing is known yet."""
         shape, (rows, length, _) = self.shape, x.shape
         empty = x.new_zeros(rows, shape.kv_heads, length, shape.head_size)
-        everywhere = torch.arange(length, device=x.device).expand(rows, -1)
-        moves = torch.ones_like(everywhere, dtype=torch.bool)
-        return [Kept(empty.clone(), empty.clone(), everywhere, moves) for _ in range(shape.core)]
+        return [Kept(empty.clone(), empty.clone()) for _ in range(shape.core)]
 
     def gate(self, x: Tensor, passed: int) -> Tensor:
         """States x (..., D) after a pass below the last -> (...) logits of stopping, float32 or wider."""
@@ -278,24 +247,12 @@ class RecurrentGPT(nn.Module):
         shape = self.shape
         seen = same_document(tokens) if isolate else None
         cos, sin = self.rotary(tokens.size(1), tokens.device, dtype)
-        own = self.own_values(tokens, dtype) if shape.value_blocks else None
         found = F.embedding(tokens, self.embedding).to(dtype)
         if self.tap:
             self.tap("lookup", tokens, found)
         if shape.smear:
             found = found + self.smeared(tokens, found)
-        if shape.bigram_rows:
-            found = found + self.paired(tokens, dtype)
-        return Given(F.rms_norm(found, (shape.width,)), cos, sin, seen, own)
-
-    def between(self, x: Tensor, block: int, passed: int, made: Tensor | None) -> Tensor:
-        """The state as a shared block reads it after `passed` passes: told which it is, and what it made before."""
-        shape = self.shape
-        if shape.pass_signal and shape.passes(block) > 1:
-            x = x + (self.wave(passed, x).to(self.pass_signal) @ self.pass_signal).to(x.dtype)
-        if shape.pass_mix and made is not None:
-            x = x + self.pass_mix[block - shape.prelude].to(x.dtype) * made
-        return x
+        return Given(F.rms_norm(found, (shape.width,)), cos, sin, seen)
 
     def layer(
         self, x: Tensor, given: Given, block: int, row: int, lane: Tensor | None = None, kept: Kept | None = None
@@ -308,7 +265,6 @@ class RecurrentGPT(nn.Module):
         return self.blocks[block](
             x, given.start, given.cos, given.sin, attn_scale, mlp_scale, self.resid_mix[row],
             self.qk_gain[row], given.seen, self.attn_gate[row] if shape.attn_gate else None,
-            given.own if block >= shape.unique_layers - shape.value_blocks else None,
             lane, self.lane_mix[row] if lane is not None else None,
             (block + 1) ** -0.5 if shape.depth_scale else 1.0, kept,
         )  # fmt: skip
@@ -319,32 +275,6 @@ class RecurrentGPT(nn.Module):
         gate, size = self.smear[:, 1:].to(found.dtype), self.smear[0, 0].to(found.dtype)
         opened = torch.sigmoid(F.linear(found[..., :GATE_CHANNELS], gate))  # (B, T, 1)
         return size * opened * before * (tokens != BOS)[..., None]
-
-    def paired(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """What each pair of neighbouring pieces adds (B, T, D), by a hashed row; pairs end at the start of a document
-        (contest, 03-19_smeargate)."""
-        before = F.pad(tokens, (1, 0))[:, :-1]
-        rows = torch.bitwise_xor(tokens * 36313, before * 27191) % (self.shape.bigram_rows - 1)
-        rows[:, 0] = self.shape.bigram_rows - 1
-        rows = rows.masked_fill(tokens == BOS, self.shape.bigram_rows - 1)
-        found = F.embedding(rows, self.bigram).to(dtype)
-        out = F.linear(found, self.bigram_out.to(dtype))
-        if self.tap:
-            self.tap("bigram", rows, found), self.tap("bigram_out", found, out)
-        return out
-
-    def own_values(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, T, KV) that each piece adds to its values."""
-        found = F.embedding(tokens, self.value_table).to(dtype)
-        if self.tap:
-            self.tap("value_table", tokens, found)
-        return found
-
-    @staticmethod
-    def wave(done: int, x: Tensor) -> Tensor:
-        """(PASS_WAVES,) sines and cosines of the number of passes done."""
-        angles = torch.arange(1, PASS_WAVES // 2 + 1, device=x.device) * (done * torch.pi / 4)
-        return torch.cat((angles.sin(), angles.cos()))
 
     def head(self, x: Tensor) -> Tensor:
         """Final states (..., D) -> capped logits (..., V) float32."""

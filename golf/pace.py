@@ -51,10 +51,9 @@ def forward_flops(config: Config, loops: int | None = None, length: int = 0) -> 
     """Multiply-adds x 2 of one token's forward pass in rows of `length`, or else the recipe's: matrices, causal
     attention (half the square), head."""
     shape = config.shape
-    pairs = 2 * shape.width * shape.bigram_width if shape.bigram_rows else 0
     layers, ends = layers_and_ends(config, loops)
     layer = layer_flops(shape, length or config.recipe.sequence_length)
-    return layers * layer + ends * 2 * shape.width * shape.vocab_size + pairs
+    return layers * layer + ends * 2 * shape.width * shape.vocab_size
 
 
 def step_flops(config: Config, loops: int | None = None, length: int = 0) -> int:

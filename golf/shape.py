@@ -11,9 +11,7 @@ BOS = 1  # the piece that opens a document, in shards and in rows
 TENSOR_CLASSES = {
     "embedding": "embed", "query": "matrix", "key": "matrix", "value": "matrix", "out": "matrix", "up": "matrix",
     "down": "matrix", "attn_scale": "control", "mlp_scale": "control", "resid_mix": "control", "qk_gain": "control",
-    "skip_weight": "control", "gate": "matrix", "attn_gate": "control", "smear": "control", "pass_signal": "control",
-    "pass_mix": "control",
-    "bigram": "embed", "bigram_out": "matrix", "value_table": "embed", "lane_mix": "control",
+    "skip_weight": "control", "gate": "matrix", "attn_gate": "control", "smear": "control", "lane_mix": "control",
     "exit_weight": "control", "exit_bias": "control",
 }  # fmt: skip
 
@@ -27,7 +25,6 @@ def tensor_class(name: str) -> str:
 
 
 GATE_CHANNELS = 12  # of a block's input, that open and close gates
-PASS_WAVES = 4  # sines of the pass by which a shared block tells one from another
 
 
 @dataclass(frozen=True)
@@ -72,16 +69,6 @@ class Shape:
     """Gate each head's output by a few channels of the block's input."""
     smear: bool = False
     """Add a gated share of the previous piece's embedding, but not across the start of a document."""
-    pass_signal: bool = False
-    """Tell a shared block by a learned vector, scaled by a sine of the pass, which pass it is."""
-    pass_mix: bool = False
-    """Add a learned share of what a shared block made a pass ago to what it reads (a skip across repeats)."""
-    bigram_rows: int = 0
-    """Rows of a hashed table of pairs of pieces whose rows are projected and added to the embedding; 0 is none."""
-    bigram_width: int = 32
-    """Channels of that table."""
-    value_blocks: int = 0
-    """How many of the last unique blocks add a learned row for each piece to their values (one table for all)."""
     lanes: bool = False
     """In the second half of the effective layers keep two residual streams, one read by attention, one by the MLP."""
     loop_scale: bool = False
@@ -192,15 +179,6 @@ class Shape:
             table["attn_gate"] = (rows, self.heads, GATE_CHANNELS)
         if self.smear:
             table["smear"] = (1, GATE_CHANNELS + 1)
-        if self.pass_signal:
-            table["pass_signal"] = (PASS_WAVES, width)
-        if self.pass_mix:
-            table["pass_mix"] = (self.core, width)
-        if self.bigram_rows:
-            table["bigram"] = (self.bigram_rows, self.bigram_width)
-            table["bigram_out"] = (width, self.bigram_width)
-        if self.value_blocks:
-            table["value_table"] = (self.vocab_size, self.kv_width)
         if self.lanes:
             table["lane_mix"] = (rows, 2, 3)
         if self.exit_gate != "none":

@@ -63,7 +63,7 @@ def step_time(config: Config, steps: int = 5) -> float:
 IDLE = (
     "loader", "short_length", "short_until", "loops_from", "matrix_rate", "embed_rate", "scalar_rate", "shared_rate",
     "momentum", "momentum_start", "momentum_warmup", "matrix_decay", "embed_decay", "decay_taper", "warmdown",
-    "rate_floor", "adam_beta1", "adam_beta2", "adam_epsilon", "embed_std", "qk_gain", "matrix_init", "embed_spectrum",
+    "rate_floor", "adam_beta1", "adam_beta2", "adam_epsilon", "embed_std", "qk_gain", "matrix_init",
     "noise_from", "noise_step", "halt_penalty", "halt_warmup", "target_depth", "prior_weight", "prior_hazard",
     "gate_bias",
 )  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from golf.config import TRACKS, Config, Recipe, Run, UsageError, check_shape, shape_from_dict
+from golf.config import RETIRED, TRACKS, Config, Recipe, Run, UsageError, check_shape, shape_from_dict
 from golf.model import RecurrentGPT
 from golf.presets import PRESETS, flags_of, parse_command_line
 from golf.shape import Shape
@@ -139,3 +139,16 @@ def test_flags_give_the_configuration_back():
     assert parse_command_line(["laptop", *flags], "test") == config
     assert "--recipe.row-normalize" not in flags and "--shape.skips" in flags  # the first is the preset's own
     assert flags_of(PRESETS["baseline"]) == []
+
+
+def test_options_that_are_gone_change_no_fingerprint():
+    assert Config().fingerprint == "721817ea86f80720"  # of the program that had them
+
+
+def test_a_record_may_name_an_option_that_is_gone_as_if_it_had_not_been_used():
+    told = asdict(Shape()) | RETIRED["shape"]
+    assert shape_from_dict(told) == Shape()
+    with pytest.raises(UsageError, match="unknown field 'value_blocks'"):
+        shape_from_dict(told | {"value_blocks": 2})
+    with pytest.raises(UsageError, match="unknown field 'nothing'"):
+        shape_from_dict(told | {"nothing": ""})

@@ -11,8 +11,7 @@ from golf.decode import Decoder, write
 from golf.exits import run_exits
 
 WHOLE = OPTIONS | {
-    "skips": {"skips": True}, "lanes": {"lanes": True}, "mixed passes": {"pass_mix": True, "skips": True},
-    "pairs of pieces": {"bigram_rows": 32}, "one loop": {"loops": 1, "skips": True},
+    "skips": {"skips": True}, "lanes": {"lanes": True}, "one loop": {"loops": 1, "skips": True},
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from golf.shape import BOS, Shape
 SHAPE = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=2, coda=1, loops=4, skips=False)
 OPTIONS = {
     "plain": {}, "whole stack": {"prelude": 0, "coda": 0}, "scalars a pass": {"pass_scalars": True},
-    "others": {"smear": True, "attn_gate": True, "exclusive": True, "value_blocks": 2, "pass_signal": True,
+    "others": {"smear": True, "attn_gate": True, "exclusive": True,
                "activation": "swiglu", "rotary_share": 0.5, "depth_scale": True},
 }  # fmt: skip
 RULES = [
@@ -138,7 +138,6 @@ def test_weights_are_shared_and_computation_is_left_out():
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"skips": True}, "no-skips"), ({"loops": 1}, "shape.loops"), ({"lanes": True}, "no-lanes"),
-    ({"pass_mix": True}, "no-pass-mix"),
 ])  # fmt: skip
 def test_shapes_that_cannot_are_refused(options, said):
     with pytest.raises(UsageError, match=said):
