@@ -25,12 +25,15 @@ from tyro.conf import Positional, arg
 
 from golf import bundle, folders, records
 from golf.checkpoint import read_sensitivities, read_tensors, write_weights
+from golf.checks import check_pack
 from golf.codec import encode, load_artifact
-from golf.config import TRACKS, Config, Pack, Run, Scoring, UsageError, check_pack
+from golf.config import TRACKS, Config
 from golf.console import parse, run_script
+from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.presets import PRESETS, flags_of
 from golf.quantize import quantize
+from golf.recipe import Pack, Run, Scoring
 from golf.rescore import rescored
 
 

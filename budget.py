@@ -15,7 +15,8 @@ import sys
 from dataclasses import asdict, replace
 
 from golf import bundle, pace, size
-from golf.config import TRACKS, Config, UsageError
+from golf.config import TRACKS, Config
+from golf.errors import UsageError
 from golf.files import write_bytes
 
 FEWEST_BITS = 2.0  # bits a weight below which `fit` leaves a width out

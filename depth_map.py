@@ -22,9 +22,9 @@ import tyro
 from tyro.conf import Positional
 
 from golf import records
-from golf.config import UsageError
 from golf.console import parse, run_script
 from golf.data import Corpus
+from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.rescore import read_artifact, rescored
 from golf.sources import Document

@@ -32,10 +32,11 @@ import tyro
 
 from golf import evidence, folders, prove, records, submission, validation
 from golf.bpb import Score
-from golf.config import TRACKS, UsageError
+from golf.config import TRACKS
 from golf.console import parse, run_script
 from golf.contender import Contender, Invalid, Limits
 from golf.data import Corpus
+from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.judging import CHECKS, Referee, Sheet, stock_tokens, tell_progress
 from golf.kept_scores import KeptScores
@@ -309,7 +310,7 @@ def with_exit(arguments: JudgeArguments, stack: contextlib.ExitStack) -> Path:
 
     Seconds and score are the referee's; artifact.py rescore makes the same copy to keep.
     """
-    from golf.config import Scoring
+    from golf.recipe import Scoring
     from golf.rescore import rescored
 
     if arguments.exit not in get_args(get_type_hints(Scoring)["exit"]):

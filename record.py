@@ -25,8 +25,8 @@ import tyro
 from tyro.conf import Positional
 
 from golf import records, run_list
-from golf.config import UsageError
 from golf.console import parse, run_script
+from golf.errors import UsageError
 from golf.files import write_bytes
 
 dumps = json.dumps  # commands have an option called json

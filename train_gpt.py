@@ -35,10 +35,12 @@ import torch.distributed as dist
 from golf.average import WeightAverage
 from golf.bpb import Score, windows
 from golf.calibrate import calibrate, rehearse
+from golf.checks import said_pace
 from golf.clock import Clock, Pace, StepCounter
 from golf.codec import encode, load_artifact
-from golf.config import Config, Scoring, UsageError, said_pace
+from golf.config import Config
 from golf.data import Corpus, TokenStream, batches
+from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.machine import Machine, accumulate, compile_model, keep_memory, peak_memory, set_up, warm_up_in_memory
 from golf.model import RecurrentGPT
@@ -46,6 +48,7 @@ from golf.noise import GridNoise
 from golf.objective import Objective, pass_statistics
 from golf.overlap import optimizers_for
 from golf.quantize import Sensitivity, quantize
+from golf.recipe import Scoring
 from golf.scoring import Scorer
 
 VALIDATION_TOKENS = 16_384  # tokens a rank scores at a time

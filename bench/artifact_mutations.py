@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from golf import codec
-from golf.config import UsageError
+from golf.errors import UsageError
 
 
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:

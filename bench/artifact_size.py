@@ -29,13 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from golf import codec, records
 from golf.bpb import windows
 from golf.checkpoint import read_sensitivities, read_tensors
-from golf.config import Pack
 from golf.data import Corpus
 from golf.entropy import Reader
 from golf.grid import Grid, as_matrix
 from golf.model import RecurrentGPT
 from golf.quantize import gaussian_bits, quantize, tensor_error
 from golf.rans import Decoder
+from golf.recipe import Pack
 from golf.shape import Shape, tensor_class
 
 SDCLIP = Pack(12.85 / 31, 20 / 127, rounding="nearest", quantizer="scalar", column_steps=False, row_power=1.0)

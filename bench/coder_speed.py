@@ -18,10 +18,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from golf import codec
-from golf.config import Pack
 from golf.grid import codes_of, nearest
 from golf.quantize import Sensitivity, prepare, rounded
 from golf.rans import Decoder
+from golf.recipe import Pack
 
 
 def matrices(millions: float, rng: np.random.Generator) -> dict[str, np.ndarray]:

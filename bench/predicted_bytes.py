@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from golf import codec, records, size
 from golf.checkpoint import read_sensitivities, read_tensors
-from golf.config import Config, Pack
+from golf.config import Config
 from golf.quantize import quantize
+from golf.recipe import Pack
 
 STATIC = Pack(0.35, 0.2, quantizer="scalar", coder="static")
 PACKS = {

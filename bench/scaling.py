@@ -32,9 +32,9 @@ def point(axis: str, value: int, steps: int) -> None:
     import torch.distributed as dist
 
     from golf import pace
-    from golf.config import Run
     from golf.machine import peak_memory
     from golf.presets import PRESETS
+    from golf.recipe import Run
     from golf.timing import Stepper
 
     config = PRESETS["laptop"]

@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from golf.config import Run
 from golf.presets import PRESETS
+from golf.recipe import Run
 from golf.timing import Stepper
 
 STEPS = 5

@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from plain_trainer import PlainTrainer
 
-from golf.config import Config, Run
+from golf.config import Config
 from golf.data import Corpus, TokenStream, batches
 from golf.presets import PRESETS
+from golf.recipe import Run
 from golf.timing import Stepper
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from golf.config import Run
 from golf.presets import PRESETS
+from golf.recipe import Run
 from golf.timing import Stepper
 
 ROWS = [(dtype, mode) for dtype in ("float32", "bfloat16") for mode in ("none", "block", "model")]

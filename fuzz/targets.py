@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from golf import ablate, codec, lint, log_file, prove, records, report, run_list, search, submission
 from golf.bpb import ByteTable
 from golf.checkpoint import read_tensors
-from golf.config import UsageError
 from golf.data import Corpus, read_shard
+from golf.errors import UsageError
 from golf.sources import read_file
 from golf.texts import read_topics
 

@@ -49,8 +49,9 @@ import psutil
 import tyro
 
 from golf import pace
-from golf.config import Config, UsageError
+from golf.config import Config
 from golf.console import parse, run_script
+from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.presets import PRESETS, parse_command_line
 from golf.stats import welch

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from golf.config import UsageError
+from golf.errors import UsageError
 
 SPACE = "\u2581"
 

@@ -15,14 +15,15 @@ import sys
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
-from golf.config import Config, UsageError
+from golf.config import Config
+from golf.errors import UsageError
 from golf.files import write_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "shape", "config", "files", "halting", "loss", "block", "model", "objective", "trellis", "grid", "rans", "entropy",
-    "reference", "codec", "quantize", "muon", "overlap", "data", "bpb", "clock", "machine", "calibrate", "noise",
-    "average", "ngrams", "exits", "scoring",
+    "errors", "shape", "recipe", "checks", "config", "files", "halting", "loss", "block", "model", "objective",
+    "trellis", "grid", "rans", "entropy", "reference", "codec", "quantize", "muon", "overlap", "data", "bpb", "clock",
+    "machine", "calibrate", "noise", "average", "ngrams", "exits", "scoring",
 )  # fmt: skip
 PACKAGES = {"torch", "numpy", "sentencepiece", "zstandard", *sys.stdlib_module_names}
 KEPT = ("load_scorer", "main", "CONFIG")

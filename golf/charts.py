@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from golf.config import UsageError
+from golf.errors import UsageError
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --faint: #5c6370; --line: #ccd;

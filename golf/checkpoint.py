@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from golf.config import UsageError, shape_from_dict
+from golf.config import shape_from_dict
+from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.quantize import Sensitivity
 from golf.shape import Shape

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from golf.config import UsageError, shape_from_dict
+from golf.config import shape_from_dict
 from golf.entropy import SCALE_ONE, Reader, put_following, put_static, take_following, take_static
+from golf.errors import UsageError
 from golf.grid import CODE_LIMIT, NOTCH, OCTAVE, Grid, as_matrix, step_of
 from golf.rans import CodedDataError, Decoder, Encoder, lane_count
 from golf.reference import put_linked, take_linked

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from golf.config import UsageError
+from golf.errors import UsageError
 
 
 def run_script(main: Callable[[], int | None]) -> int:

@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 
 from golf import folders
-from golf.config import UsageError
+from golf.errors import UsageError
 
 HERE = Path(__file__).resolve().parent
 HOST, SANDBOX = HERE / "host.py", HERE / "sandbox.py"

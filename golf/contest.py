@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from golf.bpb import ByteTable
-from golf.config import UsageError
 from golf.data import complete, read_shard
+from golf.errors import UsageError
 from golf.files import write_bytes
 
 REPOSITORY, PREFIX = "willdepueoai/parameter-golf", "datasets"

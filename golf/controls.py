@@ -9,8 +9,8 @@ import numpy as np
 import sentencepiece
 import torch
 
-from golf.config import UsageError
 from golf.depth import Looped, measure, rows_of, stopped, threshold_for
+from golf.errors import UsageError
 from golf.exits import Assigned, Rule
 from golf.sources import Document
 from golf.texts import Tokens

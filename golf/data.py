@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from golf.config import UsageError
+from golf.errors import UsageError
 from golf.files import write_bytes
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256

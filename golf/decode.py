@@ -12,7 +12,8 @@ from torch import Tensor
 
 from golf.block import Given
 from golf.bpb import ByteTable
-from golf.config import UsageError, check_exits
+from golf.checks import check_exits
+from golf.errors import UsageError
 from golf.exits import Rule, follow, make_rule, prefix_keys
 from golf.halting import EPSILON
 from golf.model import RecurrentGPT

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from golf.bpb import ByteTable
-from golf.config import UsageError, check_exits
+from golf.checks import check_exits
+from golf.errors import UsageError
 from golf.exits import Rule, make_rule, run_exits
 from golf.map_page import Spot
 from golf.model import RecurrentGPT

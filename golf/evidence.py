@@ -16,9 +16,9 @@ import numpy as np
 import zstandard
 
 from golf import folders
-from golf.config import UsageError
 from golf.contender import Contender
 from golf.data import Corpus
+from golf.errors import UsageError
 from golf.judging import Sheet
 from golf.submission import Submission
 from golf.validation import Validation

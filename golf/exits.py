@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from golf.block import Given, Kept, gathered
-from golf.config import UsageError, check_exits, check_threshold
+from golf.checks import check_exits, check_threshold
+from golf.errors import UsageError
 from golf.halting import SLACK
 from golf.model import RecurrentGPT
 from golf.shape import Shape

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from golf.config import UsageError
+from golf.errors import UsageError
 
 # Files that describe a run and that its scorer never sees; all else is counted.
 UNCOUNTED = {"README.md", "submission.json", "verdict.json", "report.html", "tokenizer.model", "log.jsonl",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from golf import charts
-from golf.config import UsageError
 from golf.data import Corpus
 from golf.depth import Looped, halve, nearest_threshold
+from golf.errors import UsageError
 from golf.exits import Exits, Rule, run_exits
 from golf.pace import layer_flops
 from golf.shape import Shape

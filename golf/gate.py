@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from golf.checks import check_exits
 from golf.codec import decode_grids, encode, read_header
-from golf.config import UsageError, check_exits
+from golf.errors import UsageError
 from golf.exits import Gate
 from golf.grid import fine_grid
 from golf.halting import SLACK, gate_loss, uniform_biases

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from golf import size
 from golf.bundle import ROOT
-from golf.config import Config, UsageError
+from golf.config import Config
 from golf.data import Corpus
+from golf.errors import UsageError
 from golf.live import display
 from golf.log_file import lock
 

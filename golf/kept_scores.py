@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from golf.config import UsageError
 from golf.contender import Limits
+from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.judging import Referee
 from golf.rows import Row

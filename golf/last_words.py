@@ -9,8 +9,9 @@ from pathlib import Path
 import safetensors.numpy  # noqa: F401, now: when memory is short nothing can be loaded
 
 from golf import records
-from golf.config import Config, UsageError
+from golf.config import Config
 from golf.data import Corpus
+from golf.errors import UsageError
 from golf.journal import Journal
 from golf.machine import Machine, is_out_of_memory
 from golf.resume import Keeper

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from golf.config import TRACKS, UsageError
+from golf.config import TRACKS
+from golf.errors import UsageError
 from golf.stats import NATS, P_VALUE, PRACTICE, welch
 
 LINE_LIMIT = 1 << 16  # bytes of a line that are looked at

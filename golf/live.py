@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from golf.config import UsageError, shape_from_dict
+from golf.config import shape_from_dict
+from golf.errors import UsageError
 from golf.log_file import is_locked, parsed
 
 RECENT = 50  # steps whose mean is shown as the loss

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from golf.config import UsageError
+from golf.errors import UsageError
 
 try:
     import fcntl

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golf.block import Block, Given, Kept, Tap, same_document
-from golf.config import Recipe
 from golf.halting import ACT_BIAS, EPSILON, SLACK, uniform_biases
 from golf.loss import capped, capped_cross_entropy, part_loss
+from golf.recipe import Recipe
 from golf.shape import BOS, GATE_CHANNELS, Shape
 
 
@@ -169,7 +169,7 @@ class RecurrentGPT(nn.Module):
         x = x if lane is None else (x + lane) / 2
         return F.rms_norm(x, (shape.width,))
 
-    # -- of shapes whose tokens may stop (config.check_exits) --
+    # -- of shapes whose tokens may stop (checks.check_exits) --
 
     def prelude(self, given: Given, kept: list[Kept] | None = None) -> Tensor:
         """What layers read -> the states (B, N, D) that the first pass begins with."""

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from golf.config import Recipe
 from golf.model import RecurrentGPT, role_of
+from golf.recipe import Recipe
 
 # (a, b, c) of X <- aX + (bA + cA^2)X with A = XX^T, one triple an iteration.
 QUINTIC = ((3.4445, -4.7750, 2.0315),)

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from golf.config import Recipe
 from golf.model import RecurrentGPT
 from golf.muon import Matrices, Optimizers, orthogonalize
+from golf.recipe import Recipe
 
 # Its name from torch 2.13 on, and before.
 gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

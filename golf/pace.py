@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from golf.config import Config, UsageError
+from golf.config import Config
+from golf.errors import UsageError
 from golf.shape import Shape
 
 MEASURED = Path(__file__).resolve().parent.parent / "machine.json"

@@ -30,9 +30,9 @@ import zstandard
 
 from golf import casing, contest, sources
 from golf.bpb import SPACE, ByteTable
-from golf.config import UsageError
 from golf.console import Stage, parse, run_script
 from golf.data import complete, write_shard
+from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.shape import BOS
 from golf.sources import Source

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import fields, replace
 
-from golf.config import Config, Pack, Recipe, Run, require
+from golf.config import Config
 from golf.console import parse
+from golf.errors import require
+from golf.recipe import Pack, Recipe, Run
 from golf.shape import Shape
 
 BASELINE = Config("baseline", "contest", Shape(), Recipe())

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from golf.config import UsageError
 from golf.contender import Contender, Invalid
+from golf.errors import UsageError
 from golf.validation import Validation
 
 MAGIC = b"GOLFPROF"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from golf import folders, lint, records, run_list, stats
 from golf.bundle import ROOT
-from golf.config import UsageError
+from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.log_file import read_log
 from golf.records import Record

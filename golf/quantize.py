@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from golf.config import Pack, UsageError
+from golf.errors import UsageError
 from golf.grid import NOTCH, OCTAVE, TOP, Grid, as_matrix, codes_of, fine_grid, nearest, step_of, wide_enough
+from golf.recipe import Pack
 from golf.shape import Shape, tensor_class
 from golf.trellis import best_walk, walk_bits
 

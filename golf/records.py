@@ -16,12 +16,14 @@ from types import NoneType
 from typing import get_args, get_type_hints
 
 from golf.bundle import ROOT
-from golf.config import TRACKS, Config, Pack, Recipe, Run, Scoring, UsageError, fields_from_dict
+from golf.config import TRACKS, Config, fields_from_dict
 from golf.data import Corpus
+from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.folders import sizes
 from golf.log_file import read_log
 from golf.pace import step_flops
+from golf.recipe import Pack, Recipe, Run, Scoring
 from golf.shape import Shape
 
 SCHEMA = 1

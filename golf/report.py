@@ -14,7 +14,7 @@ from pathlib import Path
 
 from golf import charts, folders, records
 from golf.charts import Bar, Curve, Tile, bar_chart, line_chart, treemap
-from golf.config import UsageError
+from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.log_file import read_log
 from golf.records import Record

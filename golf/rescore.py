@@ -7,9 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from golf import folders, records
+from golf.checks import check_scoring
 from golf.codec import read_header, with_note
-from golf.config import Scoring, UsageError, check_scoring, fields_from_dict
+from golf.config import fields_from_dict
+from golf.errors import UsageError
 from golf.files import write_bytes
+from golf.recipe import Scoring
 
 
 def read_artifact(folder: Path) -> bytes:

@@ -24,8 +24,9 @@ from torch import Tensor
 from golf import records
 from golf.average import WeightAverage
 from golf.clock import Clock, StepCounter
-from golf.config import Config, UsageError
+from golf.config import Config
 from golf.data import Corpus
+from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.machine import Machine
 from golf.model import RecurrentGPT

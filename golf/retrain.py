@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from golf import records
-from golf.config import TRACKS, UsageError
+from golf.config import TRACKS
 from golf.contender import SANDBOX, installation, why_not_isolated
 from golf.data import Corpus, write_shard
+from golf.errors import UsageError
 from golf.files import write_bytes
 
 CLOSE = 0.01  # relative, between the recorded score and that of the weights trained again

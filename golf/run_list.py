@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from golf import records
-from golf.config import UsageError
+from golf.errors import UsageError
 from golf.log_file import is_locked, parsed
 from golf.records import Record
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from golf.codec import load_artifact, read_note
-from golf.config import Scoring, fields_from_dict
+from golf.config import fields_from_dict
 from golf.exits import make_rule, run_exits
 from golf.model import RecurrentGPT
 from golf.ngrams import RunCache
+from golf.recipe import Scoring
 from golf.shape import Shape
 
 LOGITS_AT_A_TIME = 1 << 25

@@ -37,7 +37,7 @@ import numpy as np
 
 from golf import ablate, bundle, charts, size
 from golf.ablate import Plan
-from golf.config import UsageError
+from golf.errors import UsageError
 from golf.files import write_bytes
 
 METHODS = ("random", "grid")

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from golf.config import Config, Pack
+from golf.config import Config
+from golf.recipe import Pack
 from golf.shape import Shape, tensor_class
 
 FINEST, COARSEST = 1 / 32, 2.0  # the codec's own limits; a test holds them equal

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import zstandard
 
-from golf.config import UsageError
+from golf.errors import UsageError
 
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
 LINE_LIMIT = 1 << 28  # bytes of one JSON line

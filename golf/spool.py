@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from golf.config import UsageError
 from golf.console import Stage
+from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.sources import Document
 

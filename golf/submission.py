@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from golf import records
-from golf.config import TRACKS, Track, UsageError
+from golf.config import TRACKS, Track
+from golf.errors import UsageError
 
 KINDS, TRANSFORMS, PRECISIONS = ("sentencepiece", "bytes"), ("none", "case"), ("float32", "bfloat16")
 LONGEST = 1 << 20  # tokens a row

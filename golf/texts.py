@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from golf.config import UsageError
+from golf.errors import UsageError
 from golf.sources import Document, read_file
 
 

@@ -10,13 +10,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from golf.config import Config, Recipe, Run, kinds_of_steps
+from golf.checks import kinds_of_steps
+from golf.config import Config
 from golf.journal import processor
 from golf.machine import accumulate, compile_model, set_up, warm_up
 from golf.model import RecurrentGPT
 from golf.muon import Optimizers
 from golf.objective import Objective
 from golf.presets import PRESETS
+from golf.recipe import Recipe, Run
 
 
 class Stepper:

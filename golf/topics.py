@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from golf.config import UsageError
+from golf.errors import UsageError
 from golf.texts import Tokens
 from golf.token_classes import CLASSES
 

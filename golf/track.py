@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from golf.config import Config, UsageError
+from golf.config import Config
+from golf.errors import UsageError
 from golf.log_file import read_log
 
 SHOWN = ("loss", "rate_scale", "loops", "gradient_norm", "tokens", "elapsed", "ms", "mean_depth", "penalty")

@@ -14,9 +14,9 @@ import zstandard
 
 from golf import casing
 from golf.bpb import ByteTable, decoded_bytes, documents
-from golf.config import UsageError
 from golf.contender import Invalid
 from golf.data import Corpus
+from golf.errors import UsageError
 from golf.submission import Submission, tokenizer_bytes
 
 BYTES_BOS = 256  # opens a document where tokens are bytes

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, run
 
 from golf import ablate
-from golf.config import UsageError
+from golf.errors import UsageError
 
 PLAN = """
 preset = "smoke"

@@ -160,7 +160,7 @@ def test_a_tokenizer_by_a_path_out_of_the_folder_is_refused(tmp_path, corpus):
 
 def test_a_line_of_a_gigabyte_and_json_of_a_million_brackets_cost_little(tmp_path, corpus):
     from golf import records
-    from golf.config import UsageError
+    from golf.errors import UsageError
 
     folder = submission(tmp_path / "deep", corpus, UNIFORM)
     (folder / "submission.json").write_text("[" * 1_000_000)

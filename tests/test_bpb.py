@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.bpb import ByteTable, Score, decoded_bytes, documents, windows
-from golf.config import UsageError
 from golf.data import Corpus
+from golf.errors import UsageError
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,11 @@ from conftest import run
 
 import budget
 from golf import codec, pace, size
-from golf.config import Config, Pack, UsageError
+from golf.config import Config
+from golf.errors import UsageError
 from golf.presets import PRESETS, parse_command_line
 from golf.quantize import COARSEST, FINEST, quantize
+from golf.recipe import Pack
 from golf.shape import Shape
 
 

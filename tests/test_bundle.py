@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf import bundle
-from golf.config import Config, Pack, Recipe, Run, UsageError
+from golf.config import Config
+from golf.errors import UsageError
 from golf.presets import PRESETS
+from golf.recipe import Pack, Recipe, Run
 from golf.shape import Shape
 
 GOLDEN = ("--run.max-steps", "20", "--recipe.loops-from", "0.5", "--run.name", "golden")

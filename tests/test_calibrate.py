@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from golf.calibrate import Collector, twin_of
-from golf.config import Config, Pack, Recipe, Run, UsageError
+from golf.config import Config
+from golf.errors import UsageError
 from golf.machine import Machine
 from golf.model import RecurrentGPT
 from golf.noise import GridNoise
+from golf.recipe import Pack, Recipe, Run
 from golf.shape import Shape, tensor_class
 
 SHAPE = Shape(vocab_size=64, width=16, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3)

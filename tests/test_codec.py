@@ -14,9 +14,10 @@ from hypothesis.extra import numpy as hnp
 
 from bench.artifact_mutations import mutated, refused
 from golf import codec, grid
-from golf.config import Pack, Recipe, UsageError
+from golf.errors import UsageError
 from golf.model import ROLES, RecurrentGPT
 from golf.quantize import quantize
+from golf.recipe import Pack, Recipe
 from golf.shape import TENSOR_CLASSES, Shape, tensor_class
 
 SHAPE = Shape(vocab_size=128, width=32, heads=2, kv_heads=1, prelude=1, core=2, coda=1, loops=3)

@@ -5,9 +5,12 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from golf.config import RETIRED, TRACKS, Config, Recipe, Run, UsageError, check_shape, shape_from_dict
+from golf.checks import check_shape
+from golf.config import RETIRED, TRACKS, Config, shape_from_dict
+from golf.errors import UsageError
 from golf.model import RecurrentGPT
 from golf.presets import PRESETS, flags_of, parse_command_line
+from golf.recipe import Recipe, Run
 from golf.shape import Shape
 
 

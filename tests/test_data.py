@@ -15,8 +15,8 @@ from conftest import ROOT, unpacked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.config import UsageError
 from golf.data import Corpus, TokenStream, batches, read_shard, write_shard
+from golf.errors import UsageError
 from golf.files import write_bytes
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from golf import controls, depth, gate, map_page, topics
-from golf.config import Scoring, UsageError
+from golf.errors import UsageError
 from golf.exits import Entropy, FixedDepth
+from golf.recipe import Scoring
 from golf.sources import Document
 from golf.texts import Tokens, read_topics
 from golf.token_classes import CLASSES, kinds

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from golf import exits
-from golf.config import Config, Recipe, UsageError
+from golf.config import Config
+from golf.errors import UsageError
 from golf.exits import run_exits
 from golf.model import RecurrentGPT
 from golf.objective import Objective
+from golf.recipe import Recipe
 from golf.shape import BOS, Shape
 
 SHAPE = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=2, coda=1, loops=4, skips=False)

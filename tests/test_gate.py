@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from golf import exits, halting
-from golf.config import Config, Recipe, Scoring, UsageError
+from golf.config import Config
+from golf.errors import UsageError
 from golf.exits import run_exits
 from golf.model import RecurrentGPT, role_of
 from golf.objective import Objective, pass_statistics
+from golf.recipe import Recipe, Scoring
 from golf.shape import Shape, tensor_class
 from tests.conftest import TINY, run
 from tests.test_exits import model_of, tokens_of

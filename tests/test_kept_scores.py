@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import eval_bpb
-from golf.config import UsageError
+from golf.errors import UsageError
 from golf.kept_scores import KeptScores
 from tests.conftest import ROOT, run
 from tests.test_referee import submission

@@ -18,8 +18,8 @@ from conftest import ROOT, TINY, run
 
 import train_gpt
 from golf import prepare, records, sources
-from golf.config import UsageError
 from golf.console import run_script
+from golf.errors import UsageError
 from golf.pace import step_flops
 
 
@@ -215,12 +215,12 @@ def test_two_ranks_crash_together_and_rank_zero_writes_the_record(corpus, tmp_pa
 def test_warm_up_restores_everything(corpus):
     import torch
 
-    from golf.config import Recipe
     from golf.machine import Machine, accumulate, warm_up
     from golf.model import RecurrentGPT
     from golf.muon import Optimizers
     from golf.objective import Objective
     from golf.presets import PRESETS
+    from golf.recipe import Recipe
 
     shape = replace(PRESETS["smoke"].shape, vocab_size=64, width=16, heads=2, kv_heads=1)
     config = replace(PRESETS["smoke"], shape=shape, recipe=Recipe(sequence_length=8, batch_tokens=32, loops_from=0.5))

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from golf import loss
 from golf.block import causal_attention
-from golf.config import Recipe
 from golf.machine import compile_model, missing_for_compile
 from golf.model import RecurrentGPT, role_of
+from golf.recipe import Recipe
 from golf.shape import Shape
 
 SHAPE = Shape(vocab_size=97, width=32, heads=4, kv_heads=2, prelude=1, core=2, coda=1, loops=3)

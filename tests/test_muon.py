@@ -8,9 +8,9 @@ import torch
 from conftest import run
 from torch import nn
 
-from golf.config import Recipe
 from golf.model import RecurrentGPT
 from golf.muon import POLAR_EXPRESS, QUINTIC, Muon, Optimizers, orthogonalize
+from golf.recipe import Recipe
 from golf.shape import Shape
 
 SHAPES = [(64, 64), (32, 64), (128, 64), (64, 128)]

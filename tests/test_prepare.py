@@ -21,8 +21,8 @@ from conftest import ROOT, run
 
 from golf import casing, prepare, sources, spool
 from golf.bpb import ByteTable, documents
-from golf.config import UsageError
 from golf.data import Corpus, read_shard, write_shard
+from golf.errors import UsageError
 from golf.sources import Document, Source
 
 

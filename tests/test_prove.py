@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf import prove
-from golf.config import UsageError
 from golf.contender import Invalid
+from golf.errors import UsageError
 
 
 class Table:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from golf import lint, pull_request, records
-from golf.config import UsageError
+from golf.errors import UsageError
 from tests.conftest import TINY, run
 
 ABOUT = pull_request.About("Looped blocks", "Ada Lovelace", "ada", "Three blocks, run often.")

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from test_codec import weights_of
 
 from golf import codec, quantize, trellis
-from golf.config import Pack, UsageError
+from golf.errors import UsageError
 from golf.grid import as_matrix, codes_of, step_of
 from golf.quantize import Sensitivity
+from golf.recipe import Pack
 from golf.shape import Shape, tensor_class
 
 SHAPE = Shape(vocab_size=128, width=64, heads=2, kv_heads=1, core=2)

@@ -17,7 +17,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from golf import records, run_list, stats
-from golf.config import UsageError
+from golf.errors import UsageError
 from golf.presets import PRESETS
 from tests.conftest import ROOT, run
 

@@ -22,9 +22,9 @@ from conftest import ROOT, run, unpacked
 import eval_bpb
 from golf import contender, folders
 from golf.bpb import ByteTable
-from golf.config import UsageError
 from golf.contender import Contender, Invalid, Limits
 from golf.data import Corpus
+from golf.errors import UsageError
 
 UNIFORM = """
     import numpy as np

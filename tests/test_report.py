@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golf import charts, report
-from golf.config import UsageError
+from golf.errors import UsageError
 from tests.conftest import ROOT, run
 
 KEPT = next((ROOT / "runs").glob("*laptop-seed1*"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from golf.config import UsageError
+from golf.errors import UsageError
 from golf.log_file import read_log
 from golf.presets import parse_command_line
 from golf.resume import FOLDER, newest

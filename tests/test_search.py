@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golf import ablate, search
-from golf.config import UsageError
+from golf.errors import UsageError
 from tests.conftest import TINY, run
 
 PLAN = """
