@@ -18,11 +18,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from golf import ablate, codec, lint, log_file, prove, records, report, run_list, search, submission
+from golf import codec, lint, log_file, prove, records, report, run_list, search, submission
 from golf.bpb import ByteTable
 from golf.checkpoint import read_tensors
 from golf.data import Corpus, read_shard
 from golf.errors import UsageError
+from golf.plan import read_plan
 from golf.sources import read_file
 from golf.texts import read_topics
 
@@ -103,7 +104,7 @@ def tokenizer(data: bytes) -> None:
 def plan(data: bytes) -> None:
     """Plans of comparisons and searches."""
     path = file_of(data, "plan.toml")
-    for read in (ablate.read_plan, search.read):
+    for read in (read_plan, search.read):
         try:
             read(path)
         except UsageError:

@@ -36,9 +36,10 @@ from pathlib import Path
 import numpy as np
 
 from golf import ablate, bundle, charts, size
-from golf.ablate import Plan
 from golf.errors import UsageError
 from golf.files import write_bytes
+from golf.plan import Plan, configuration, make_plan
+from golf.result_rows import bpb_of, mean, read_rows, same, void
 
 METHODS = ("random", "grid")
 MOST_TRIES = 4096
@@ -87,7 +88,7 @@ def read(path: Path) -> Search:
     space, how = values.pop("space", None), values.pop("search", {})
     if not isinstance(space, dict) or not space or not isinstance(how, dict):
         raise UsageError(f"--space {path}: give a table [space] of options, and [search].")
-    plan = ablate.make_plan(values | {"variants": {"control": []}}, str(path))
+    plan = make_plan(values | {"variants": {"control": []}}, str(path))
     if plan.equal not in ("time", "pace", "steps"):
         raise UsageError(f"{path}: equal is {plan.equal!r}, a search gives amounts of time, pace or steps.")
     options = {name: options_of(name, given, path) for name, given in space.items()}
@@ -160,7 +161,7 @@ def fitting(search: Search, tried: list[dict[str, Value]]) -> tuple[dict[str, di
         name = f"c{number:0{digits}d}"
         plan = replace(search.plan, variants={name: flags_of(options)})
         try:
-            config = ablate.configuration(plan, name, plan.seeds[0])
+            config = configuration(plan, name, plan.seeds[0])
         except UsageError as error:
             left_out[name] = str(error)
             continue
@@ -196,11 +197,11 @@ def main(path: Path, pairs: bool, only_table: bool) -> int:
             print(f"round {number}: {len(alive)} configurations, {amount:g} each", flush=True)
             ablate.carry_out(plan, results, pairs)
         plan = ablate.with_paces(plan, results)
-        rows = [r for r in ablate.read_rows(results) if ablate.same(plan, r) and not ablate.void(r)]
-        scores = {name: [s for r in rows if r["variant"] == name and (s := ablate.bpb_of(r)) is not None]
+        rows = [r for r in read_rows(results) if same(plan, r) and not void(r)]
+        scores = {name: [s for r in rows if r["variant"] == name and (s := bpb_of(r)) is not None]
                   for name in alive}  # fmt: skip
-        ranked = sorted((name for name in alive if scores[name]), key=lambda name: ablate.mean(scores[name]))
-        found += [(number, amount, name, ablate.mean(scores[name])) for name in ranked]
+        ranked = sorted((name for name in alive if scores[name]), key=lambda name: mean(scores[name]))
+        found += [(number, amount, name, mean(scores[name])) for name in ranked]
         alive = ranked[: max(1, math.ceil(search.keep * len(ranked)))]
         if not alive:
             break

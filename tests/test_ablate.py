@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import TINY, run
 
-from golf import ablate
 from golf.errors import UsageError
+from golf.plan import budget_flags, configuration, read_plan, step_flops, words_of
+from golf.result_rows import read_rows, table, wanted
 
 PLAN = """
 preset = "smoke"
@@ -37,13 +38,13 @@ def test_runs_become_rows_and_a_table_and_are_not_run_twice(tmp_path, corpus):
     path = plan_file(tmp_path, corpus)
     first = run("-m", "golf.ablate", path, "--most", 2)
     assert first.returncode == 0, first.stderr
-    rows = ablate.read_rows(path.with_suffix(".jsonl"))
+    rows = read_rows(path.with_suffix(".jsonl"))
     assert [(r["variant"], r["seed"]) for r in rows] == [("control", 1), ("slow", 1)]  # seed by seed
     with open(path.with_suffix(".jsonl"), "a") as file:
         file.write('{"variant": "contr')  # cut off by a crash
     second = run("-m", "golf.ablate", path)
     assert second.returncode == 0, second.stderr
-    rows = ablate.read_rows(path.with_suffix(".jsonl"))
+    rows = read_rows(path.with_suffix(".jsonl"))
     assert len(rows) == 6 and len({(r["variant"], r["seed"]) for r in rows}) == 6
     assert all(r["steps"] == 3 for r in rows if r["status"] == "complete")
     assert "Equal steps: 3 steps" in second.stdout and "Welch p" in second.stdout
@@ -83,49 +84,49 @@ def row(variant: str, seed: int, bpb: float, **more: object) -> dict:
 
 
 def test_the_table_pairs_seeds_and_leaves_void_runs_out(tmp_path, corpus):
-    plan = ablate.read_plan(plan_file(tmp_path, corpus, "time"))
+    plan = read_plan(plan_file(tmp_path, corpus, "time"))
 
     def of(variant: str, seed: int, bpb: float, **more: object) -> dict:
-        config = ablate.configuration(plan, variant, seed)
-        words = [*ablate.words_of(plan, variant, seed), *ablate.budget_flags(plan, variant, config)]
+        config = configuration(plan, variant, seed)
+        words = [*words_of(plan, variant, seed), *budget_flags(plan, variant, config)]
         return row(variant, seed, bpb, fingerprint=config.fingerprint, flags=words, judge=False, **more)
 
     rows = [of(v, s, b) for v, s, b in (
         ("control", 1, 2.0), ("control", 2, 2.2), ("slow", 1, 1.9), ("slow", 2, 2.1))]  # fmt: skip
     rows.append(of("broken", 1, 1.0, cpu_share=0.9))
-    text = ablate.table(plan, rows)
+    text = table(plan, rows)
     assert "+0.1000 | 0.0000" in text and text.index("| slow") < text.index("| control")
     assert "| broken | - |" in text
-    assert ablate.wanted(plan, rows) == [("broken", 1), ("broken", 2)]
+    assert wanted(plan, rows) == [("broken", 1), ("broken", 2)]
     rows.append(of("broken", 1, 1.0, cpu_share=0.9))
-    assert ablate.wanted(plan, rows) == [("broken", 2)]  # tried often enough
+    assert wanted(plan, rows) == [("broken", 2)]  # tried often enough
 
 
 def test_a_variant_may_name_data_of_its_own(tmp_path, corpus):
     path = plan_file(tmp_path, corpus)
     path.write_text(path.read_text().replace("control = []", 'control = ["--run.data", "elsewhere"]'))
-    plan = ablate.read_plan(path)
-    assert ablate.configuration(plan, "control", 1).run.data == "elsewhere"
-    assert ablate.configuration(plan, "slow", 1).run.data == str(corpus)
+    plan = read_plan(path)
+    assert configuration(plan, "control", 1).run.data == "elsewhere"
+    assert configuration(plan, "slow", 1).run.data == str(corpus)
 
 
 def test_a_variant_may_begin_with_a_preset_of_its_own(tmp_path, corpus):
     path = plan_file(tmp_path, corpus)
     path.write_text(path.read_text().replace("control = []", 'control = ["laptop_naive", "--run.compile", "model"]'))
-    plan = ablate.read_plan(path)
-    control, slow = (ablate.configuration(plan, name, 1) for name in ("control", "slow"))
+    plan = read_plan(path)
+    control, slow = (configuration(plan, name, 1) for name in ("control", "slow"))
     assert (control.preset, slow.preset) == ("laptop_naive", "smoke")
     assert control.run.compile == "model" and control.run.data == slow.run.data == str(corpus)
 
 
 def test_equal_flops_gives_steps_by_the_work_of_each(tmp_path, corpus):
-    plan = ablate.read_plan(plan_file(tmp_path, corpus, "flops", 1e12))
-    config = ablate.configuration(plan, "control", 1)
-    (_, steps) = ablate.budget_flags(plan, "control", config)
-    assert int(steps) == round(1e12 / ablate.step_flops(config))
+    plan = read_plan(plan_file(tmp_path, corpus, "flops", 1e12))
+    config = configuration(plan, "control", 1)
+    (_, steps) = budget_flags(plan, "control", config)
+    assert int(steps) == round(1e12 / step_flops(config))
 
 
 def test_a_results_file_with_another_fault_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n{broken}\n{"a": 2}\n')
     with pytest.raises(UsageError, match="line 2"):
-        ablate.read_rows(tmp_path / "x.jsonl")
+        read_rows(tmp_path / "x.jsonl")

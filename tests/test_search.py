@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golf import ablate, search
+from golf import search
 from golf.errors import UsageError
+from golf.plan import Plan
+from golf.result_rows import bpb_of, read_rows
 from tests.conftest import TINY, run
 
 PLAN = """
@@ -62,7 +64,7 @@ def test_a_grid_is_every_combination_and_no_configuration_twice(tmp_path):
 
 @given(st.integers(1, 8), st.floats(0.1, 0.9), st.integers(1, 10**5))
 def test_rounds_end_at_the_amount_and_grow_by_what_is_kept(rounds, keep, amount):
-    plan = ablate.Plan("smoke", "x", "steps", amount, [1], {"control": []})
+    plan = Plan("smoke", "x", "steps", amount, [1], {"control": []})
     found = search.amounts(search.Search(plan, {}, rounds=rounds, keep=keep))
     assert len(found) == rounds and found[-1] == amount and found == sorted(found)
     assert all(abs(b * keep - a) <= 1.5 for a, b in itertools.pairwise(found))
@@ -80,8 +82,8 @@ def test_the_better_half_goes_on_and_an_interrupted_search_too(tmp_path, corpus)
     path = space_file(tmp_path, corpus, '"recipe.matrix-rate" = [0.0, 0.02, 0.04]', 'method = "grid"\nrounds = 2')
     done = run("-m", "golf.ablate", "--space", path)
     assert done.returncode == 0, done.stderr + done.stdout
-    rows = ablate.read_rows(path.with_suffix(".jsonl"))
-    first = {r["variant"]: ablate.bpb_of(r) for r in rows if r["steps"] == 4}
+    rows = read_rows(path.with_suffix(".jsonl"))
+    first = {r["variant"]: bpb_of(r) for r in rows if r["steps"] == 4}
     second = {r["variant"] for r in rows if r["steps"] == 8}
     assert len(first) == 3 and second == set(sorted(first, key=first.get)[:2]) and "c1" not in second
     page = path.with_suffix(".html").read_text()
@@ -89,7 +91,7 @@ def test_the_better_half_goes_on_and_an_interrupted_search_too(tmp_path, corpus)
     lines = path.with_suffix(".jsonl").read_text().splitlines(keepends=True)
     path.with_suffix(".jsonl").write_text("".join(lines[:-1]))
     again = run("-m", "golf.ablate", "--space", path)
-    assert again.returncode == 0 and len(ablate.read_rows(path.with_suffix(".jsonl"))) == 5
+    assert again.returncode == 0 and len(read_rows(path.with_suffix(".jsonl"))) == 5
     shown = run("-m", "golf.ablate", "--space", path, "--table")
     assert shown.returncode == 0 and "| 2 | c" in shown.stdout
 

@@ -1,0 +1,129 @@
+"""Rows of a comparison: kept as JSON lines, those still wanted, and the table of those that stand. No torch here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from pathlib import Path
+
+from golf.errors import UsageError
+from golf.plan import Plan, configuration
+from golf.stats import welch
+
+LEAST_SHARE = 0.95  # of the busy processor, that a run at equal time must have had
+TRIES = 2  # of a run that was disturbed
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a results file; a last line that was cut off is dropped. Raises UsageError for one that is not JSON."""
+    rows = []
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise UsageError(f"{path}: line {number} is not JSON ({error}).") from error
+    return rows
+
+
+def add_row(path: Path, row: dict) -> None:
+    """Append a row so that it survives a power cut; a last line that was cut off goes."""
+    data = path.read_bytes() if path.exists() else b""
+    with open(path, "ab") as file:
+        file.truncate(data.rfind(b"\n") + 1)
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def bpb_of(row: dict) -> float | None:
+    """The score that counts: of the artifact, else of the weights and what packing costs at the full loop count."""
+    if row.get("val_bpb") is not None:
+        return row["val_bpb"]
+    if row.get("unpacked_val_bpb") is None:
+        return None
+    penalty = row.get("quantization_penalty") or {}
+    return row["unpacked_val_bpb"] + (list(penalty.values())[-1] if penalty else 0.0)
+
+
+def void(row: dict) -> bool:
+    """Whether other programs disturbed a run whose result depends on the pace."""
+    return row["equal"] in ("time", "bytes") and row["cpu_share"] < LEAST_SHARE
+
+
+def wanted(plan: Plan, rows: list[dict]) -> list[tuple[str, int]]:
+    """(variant, seed) still to be run, seed by seed."""
+    todo = []
+    for seed in plan.seeds:
+        for variant in plan.variants:
+            here = [r for r in rows if (r["variant"], r["seed"]) == (variant, seed) and same(plan, r)]
+            if not any(not void(r) for r in here) and len(here) < TRIES:
+                todo.append((variant, seed))
+    return todo
+
+
+def same(plan: Plan, row: dict) -> bool:
+    """Whether a row is of a run as the plan says now: the same whole configuration, whatever flags led to it, text, and
+    amount of what is equal."""
+    if row["variant"] not in plan.variants:
+        return False
+    config = configuration(plan, row["variant"], row["seed"])
+    asked = {"fingerprint": config.fingerprint, "equal": plan.equal, "amount": plan.amount, "judge": plan.judge}
+    alike = row["seed"] in plan.seeds and all(row.get(key) == value for key, value in asked.items())
+    wanted = {"--run.data": config.run.data, "--run.pace": plan.paces.get(row["variant"])}
+    return alike and all(value_of(row["flags"], name) == value for name, value in wanted.items())
+
+
+def value_of(words: list[str], flag: str) -> str | None:
+    """What follows the last of a flag's places in a command line."""
+    places = [n for n, word in enumerate(words[:-1]) if word == flag]
+    return words[places[-1] + 1] if places else None
+
+
+def table(plan: Plan, rows: list[dict]) -> str:
+    """Markdown: one line a variant, best first."""
+    every, rows = len(rows), [r for r in rows if same(plan, r)]
+    good = [r for r in rows if not void(r)]
+    control = plan.control or next(iter(plan.variants))
+    found = {v: [r for r in good if r["variant"] == v and bpb_of(r) is not None] for v in plan.variants}
+    base = {r["seed"]: bpb_of(r) for r in found[control]}
+    unit = {"time": "s", "pace": "s", "steps": "steps", "flops": "training FLOPs", "bytes": "bytes"}[plan.equal]
+    lines = [
+        f"Equal {plan.equal}: {plan.amount:g} {unit}, seeds {plan.seeds}{', judged' if plan.judge else ''}.\n",
+        f"| variant | bpb | sd | less than {control} | pairs' sd | Welch p | bytes | steps | ms/step | tokens/s "
+        "| runs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for variant in sorted(found, key=lambda v: mean([bpb_of(r) for r in found[v]])):
+        mine = found[variant]
+        crashed = sum(r["variant"] == variant and r.get("status") == "crash" for r in rows)
+        if not mine:
+            lines.append(f"| {variant} | - | - | - | - | - | - | - | - | - | 0, {crashed} crashed |")
+            continue
+        scores = [bpb_of(r) for r in mine]
+        gains = [base[r["seed"]] - bpb_of(r) for r in mine if r["seed"] in base]
+        p = welch(scores, [base[s] for s in base]) if variant != control else None
+        lines.append(
+            f"| {variant} | {mean(scores):.4f} | {spread(scores)} | {mean(gains):+.4f} | {spread(gains)} | "
+            f"{'-' if p is None else f'{p:.3f}'} | {mean([r['bytes_total'] for r in mine]):,.0f} | "
+            f"{mean([r['steps'] for r in mine]):,.0f} | "
+            f"{1e3 * mean([r['train_seconds'] / max(1, r['steps']) for r in mine]):.1f} | "
+            f"{mean([r['tokens_per_second'] for r in mine]):,.0f} | "
+            f"{len(mine)}{f', {crashed} crashed' if crashed else ''} |"
+        )
+    if every > len(rows):
+        lines.append(f"\n{every - len(rows)} rows are of other configurations, as by options that have changed since, "
+                     "and are left out.")  # fmt: skip
+    return "\n".join(lines)
+
+
+def mean(values: list[float]) -> float:
+    return statistics.mean(values) if values else math.inf
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
