@@ -49,6 +49,7 @@ from golf.console import parse, run_script
 from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.plan import Plan, budget_flags, configuration, make_plan, read_plan, step_flops, words_of
+from golf.records import read, write
 from golf.result_rows import add_row, bpb_of, read_rows, table, void, wanted
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +88,7 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
         began = time.time()
         with open(Path(place) / "said", "w") as said:  # a pipe that nobody reads would fill
             process = subprocess.Popen(
-                [sys.executable, str(ROOT / "train_gpt.py"), *words, *here], cwd=ROOT, stdout=said, stderr=said
+                [sys.executable, "train_gpt.py", *words, *here], cwd=ROOT, stdout=said, stderr=said
             )
         pin(cpus or [], process.pid)
         load = Load(process)
@@ -95,20 +96,21 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
             load.look()
             time.sleep(1.0)
         told = (Path(place) / "said").read_text("utf-8", "replace").strip().splitlines() or ["no word"]
-        records = list(Path(place).glob("*/submission.json"))
+        found = list(Path(place).glob("*/submission.json"))
         row = {
             "variant": variant, "seed": seed, "equal": plan.equal, "amount": plan.amount, "flags": words,
             "judge": plan.judge, "fingerprint": config.fingerprint, "exit": process.returncode,
             "cpu_share": round(load.share(), 4), "seconds": round(time.time() - began, 1),
             "step_flops": step_flops(config),
         }  # fmt: skip
-        if not records:
+        if not found:
             return {**row, "status": "crash", "reason": told[-1][:300]}
-        record = json.loads(records[0].read_text("utf-8"))
+        record = json.loads(found[0].read_text("utf-8"))
         if plan.keep:
             target = Path(plan.keep) / f"{variant}-seed{seed}"
             shutil.rmtree(target, ignore_errors=True)
-            shutil.move(records[0].parent, target)
+            shutil.move(found[0].parent, target)
+            write(target, replace(read(target), name=target.name, record=str(target)))
     kept = (
         "status", "reason", "val_bpb", "val_loss", "unpacked_val_bpb", "quantization_penalty", "bytes_total",
         "bytes_model", "steps", "tokens", "training_flops", "tokens_per_second", "train_seconds", "peak_memory",

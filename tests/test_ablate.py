@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, run
 
+from golf import records
 from golf.errors import UsageError
 from golf.plan import budget_flags, configuration, read_plan, step_flops, words_of
 from golf.result_rows import read_rows, table, wanted
@@ -36,6 +37,7 @@ def plan_file(place: Path, corpus: Path, equal: str = "steps", amount: float = 3
 @pytest.mark.slow
 def test_runs_become_rows_and_a_table_and_are_not_run_twice(tmp_path, corpus):
     path = plan_file(tmp_path, corpus)
+    path.write_text(f'keep = "{tmp_path}/kept"\n' + path.read_text())
     first = run("-m", "golf.ablate", path, "--most", 2)
     assert first.returncode == 0, first.stderr
     rows = read_rows(path.with_suffix(".jsonl"))
@@ -50,6 +52,8 @@ def test_runs_become_rows_and_a_table_and_are_not_run_twice(tmp_path, corpus):
     assert "Equal steps: 3 steps" in second.stdout and "Welch p" in second.stdout
     again = run("-m", "golf.ablate", path, "--table")
     assert again.stdout in second.stdout
+    kept = records.read(tmp_path / "kept" / "slow-seed2")
+    assert (kept.name, kept.record) == ("slow-seed2", str(tmp_path / "kept" / "slow-seed2")) and kept.seed == 2
 
 
 @pytest.mark.parametrize(("change", "words"), [
