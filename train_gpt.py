@@ -35,7 +35,6 @@ import torch.distributed as dist
 from golf.average import WeightAverage
 from golf.bpb import Score, windows
 from golf.calibrate import calibrate, rehearse
-from golf.checks import said_pace
 from golf.clock import Clock, Pace, StepCounter
 from golf.codec import encode, load_artifact
 from golf.config import Config
@@ -48,7 +47,7 @@ from golf.noise import GridNoise
 from golf.objective import Objective, pass_statistics
 from golf.overlap import optimizers_for
 from golf.quantize import Sensitivity, quantize
-from golf.recipe import Scoring
+from golf.recipe import Scoring, said_pace
 from golf.scoring import Scorer
 
 VALIDATION_TOKENS = 16_384  # tokens a rank scores at a time

@@ -18,13 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from golf import records
+from golf.config import shape_from_dict
+from golf.console import run_script
+from golf.errors import UsageError
+from golf.result_rows import deviation
 
 MARK = re.compile(r"<!-- runs: (\S+) -->\n(?:\|.*\n)*")
 HEAD = ("run", "unique blocks", "layers", "bytes", "steps", "training FLOPs", "packing costs", "bpb", "sd", "seeds")
 
 
 def rows_of(folder: Path) -> list[tuple[float, tuple]]:
-    """Mean score and cells of each variant's runs. Raises UsageError for a record that cannot be read."""
+    """Mean score and cells of each variant's runs. Raises UsageError for records that cannot be read or differ."""
     variants: dict[str, list[records.Record]] = {}
     for path in sorted(folder.glob("*-seed*/submission.json")):
         variants.setdefault(path.parent.name.rpartition("-seed")[0], []).append(records.read(path.parent))
@@ -32,15 +36,14 @@ def rows_of(folder: Path) -> list[tuple[float, tuple]]:
     for name, runs in variants.items():
         runs = [r for r in runs if r.status == "complete" and r.val_bpb is not None]
         if not runs or len({r.fingerprint for r in runs}) > 1:
-            raise SystemExit(f"{folder}: the runs of {name} are none, or of several configurations.")
-        shape, scores = runs[0].config["shape"], [r.val_bpb for r in runs]
-        unique = shape["prelude"] + shape["core"] + shape["coda"]
+            raise UsageError(f"{folder}: the runs of {name} are none, or of several configurations, give seeds of one.")
+        shape, scores = shape_from_dict(runs[0].config["shape"]), [r.val_bpb for r in runs]
         cost = statistics.mean(list(r.quantization_penalty.values())[-1] for r in runs)
         rows.append((statistics.mean(scores), (
-            f"`{name}`", unique, unique + shape["core"] * (shape["loops"] - 1),
+            f"`{name}`", shape.unique_layers, shape.effective_layers,
             f"{statistics.mean(r.bytes_total for r in runs):,.0f}", f"{statistics.mean(r.steps for r in runs):,.0f}",
             f"{statistics.mean(r.training_flops for r in runs):.3g}", f"{cost:.4f}", f"{statistics.mean(scores):.4f}",
-            f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "-", len(runs),
+            deviation(scores), len(runs),
         )))  # fmt: skip
     return rows
 
@@ -65,4 +68,4 @@ def main(write: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main("--write" in sys.argv[1:]))
+    sys.exit(run_script(lambda: main("--write" in sys.argv[1:])))

@@ -45,11 +45,11 @@ from typing import Literal
 import psutil
 import tyro
 
+from golf import records
 from golf.console import parse, run_script
 from golf.errors import UsageError
 from golf.files import write_bytes
-from golf.plan import Plan, budget_flags, configuration, make_plan, read_plan, step_flops, words_of
-from golf.records import read, write
+from golf.plan import Plan, average_step_flops, budget_flags, configuration, make_plan, read_plan, words_of
 from golf.result_rows import add_row, bpb_of, read_rows, table, void, wanted
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +101,7 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
             "variant": variant, "seed": seed, "equal": plan.equal, "amount": plan.amount, "flags": words,
             "judge": plan.judge, "fingerprint": config.fingerprint, "exit": process.returncode,
             "cpu_share": round(load.share(), 4), "seconds": round(time.time() - began, 1),
-            "step_flops": step_flops(config),
+            "step_flops": average_step_flops(config),
         }  # fmt: skip
         if not found:
             return {**row, "status": "crash", "reason": told[-1][:300]}
@@ -110,7 +110,7 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
             target = Path(plan.keep) / f"{variant}-seed{seed}"
             shutil.rmtree(target, ignore_errors=True)
             shutil.move(found[0].parent, target)
-            write(target, replace(read(target), name=target.name, record=str(target)))
+            records.write(target, replace(records.read(target), name=target.name, record=str(target)))
     kept = (
         "status", "reason", "val_bpb", "val_loss", "unpacked_val_bpb", "quantization_penalty", "bytes_total",
         "bytes_model", "steps", "tokens", "training_flops", "tokens_per_second", "train_seconds", "peak_memory",

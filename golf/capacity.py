@@ -24,8 +24,7 @@ from golf.console import parse, run_script
 from golf.errors import UsageError
 from golf.plan import Plan, configuration, read_plan
 from golf.result_rows import bpb_of, read_rows, same, void
-
-CONFIDENCE = 0.95
+from golf.stats import interval
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Worth:
     phi: float | None
     """Mean exponent, where every seed has a size."""
     interval: tuple[float, float] | None
-    """Of the mean, by Student's t over seeds; two or more are needed."""
+    """Of the mean, 95 %, by Student's t over seeds; two or more are needed."""
 
 
 def equal_size(sizes: list[float], scores: list[float], score: float) -> float | None:
@@ -51,16 +50,6 @@ def equal_size(sizes: list[float], scores: list[float], score: float) -> float |
             share = (worse - score) / (worse - better)
             return math.exp(math.log(small) + share * math.log(large / small))
     return None
-
-
-def interval_of(values: list[float]) -> tuple[float, float] | None:
-    """Student's t interval of a mean."""
-    if len(values) < 2:
-        return None
-    from scipy.stats import t
-
-    reach = t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values) - reach, statistics.mean(values) + reach
 
 
 def measure(plan: Plan, rows: list[dict]) -> list[Worth]:
@@ -86,7 +75,7 @@ def measure(plan: Plan, rows: list[dict]) -> list[Worth]:
         whole = [math.log(size) / math.log(shape.loops) for size in sizes if size is not None]
         every = bool(sizes) and len(whole) == len(sizes)
         found.append(Worth(name, shape.loops, seeds, sizes, statistics.mean(whole) if every else None,
-                           interval_of(whole) if every else None))  # fmt: skip
+                           interval(whole) if every else None))  # fmt: skip
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from golf.errors import UsageError, require
-from golf.recipe import Pack, Recipe, Run, Scoring
+from golf.recipe import Pack, Recipe, Run, Scoring, kinds_of_steps, said_pace
 from golf.shape import Shape
 
 MOST = {"vocab_size": 65_536, "width": 65_536, "heads": 4096, "kv_heads": 4096, "core": 1024, "loops": 1024,
@@ -75,12 +75,6 @@ def check_threshold(rule: str, threshold: float, shape: Shape) -> None:
     require(0 <= threshold <= most and whole, "scoring.exit_threshold", f"{threshold:g}", way_out)
 
 
-def said_pace(text: str) -> dict[tuple[int, ...], float]:
-    """LOOPSxLENGTH=MS,... as seconds by (loops, length). Raises ValueError."""
-    parts = (part.partition("=") for part in text.split(",") if part)
-    return {tuple(map(int, kind.split("x"))): float(ms) / 1e3 for kind, _, ms in parts}
-
-
 def check_pace(shape: Shape, recipe: Recipe, run: Run) -> None:
     """Raise UsageError for a pace that leaves out a kind of step, or a run that it would prove nothing of."""
     pace = run.pace
@@ -95,15 +89,6 @@ def check_pace(shape: Shape, recipe: Recipe, run: Run) -> None:
     for length, loops in kinds_of_steps(shape, recipe):
         fits = 0 < told.get((loops, length), 0) < 1e6
         require(fits, "run.pace", pace, f"give {loops}x{length}=MS, as --run.pace 1x256=300,3x256=450")
-
-
-def kinds_of_steps(shape: Shape, recipe: Recipe) -> list[tuple[int, int]]:
-    """(row length, loops) of every kind of step that training takes, the deepest, which needs most memory, first."""
-    found = {
-        (recipe.length_at(progress), shape.loops if progress >= recipe.loops_from else 1)
-        for progress in (0.0, recipe.short_until, recipe.loops_from, 1.0)
-    }
-    return sorted(found, key=lambda kind: (-kind[1], -kind[0]))
 
 
 def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:

@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from golf.checks import kinds_of_steps
 from golf.config import Config
 from golf.errors import UsageError
 from golf.loss import part_loss
 from golf.model import RecurrentGPT
 from golf.muon import Optimizers
 from golf.objective import Objective
+from golf.recipe import kinds_of_steps
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,10 @@ def budget_flags(plan: Plan, variant: str, config: Config) -> list[str]:
         return ["--pack.target-bytes", f"{plan.amount:.0f}"]
     if plan.equal == "steps":
         return ["--run.max-steps", f"{plan.amount:.0f}"]
-    return ["--run.max-steps", str(max(1, round(plan.amount / step_flops(config))))]
+    return ["--run.max-steps", str(max(1, round(plan.amount / average_step_flops(config))))]
 
 
-def step_flops(config: Config) -> float:
+def average_step_flops(config: Config) -> float:
     """Training FLOPs of an average step, with loops switched on where the recipe says."""
     share = config.recipe.loops_from if config.shape.loops > 1 else 0.0
     early, late = pace.step_flops(config, 1), pace.step_flops(config)

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from golf.shape import Shape
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -218,3 +220,18 @@ class Run:
     """Have the referee score the packed artifact at the end."""
     allow_over_cap: bool = False
     """Train even where the budget says that the artifact will not fit."""
+
+
+def said_pace(text: str) -> dict[tuple[int, ...], float]:
+    """LOOPSxLENGTH=MS,... as seconds by (loops, length). Raises ValueError."""
+    parts = (part.partition("=") for part in text.split(",") if part)
+    return {tuple(map(int, kind.split("x"))): float(ms) / 1e3 for kind, _, ms in parts}
+
+
+def kinds_of_steps(shape: Shape, recipe: Recipe) -> list[tuple[int, int]]:
+    """(row length, loops) of every kind of step that training takes, the deepest, which needs most memory, first."""
+    found = {
+        (recipe.length_at(progress), shape.loops if progress >= recipe.loops_from else 1)
+        for progress in (0.0, recipe.short_until, recipe.loops_from, 1.0)
+    }
+    return sorted(found, key=lambda kind: (-kind[1], -kind[0]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from golf.errors import UsageError
 from golf.plan import Plan, configuration
-from golf.stats import welch
+from golf.stats import spread, welch
 
 LEAST_SHARE = 0.95  # of the busy processor, that a run at equal time must have had
 TRIES = 2  # of a run that was disturbed
@@ -108,7 +108,7 @@ def table(plan: Plan, rows: list[dict]) -> str:
         gains = [base[r["seed"]] - bpb_of(r) for r in mine if r["seed"] in base]
         p = welch(scores, [base[s] for s in base]) if variant != control else None
         lines.append(
-            f"| {variant} | {mean(scores):.4f} | {spread(scores)} | {mean(gains):+.4f} | {spread(gains)} | "
+            f"| {variant} | {mean(scores):.4f} | {deviation(scores)} | {mean(gains):+.4f} | {deviation(gains)} | "
             f"{'-' if p is None else f'{p:.3f}'} | {mean([r['bytes_total'] for r in mine]):,.0f} | "
             f"{mean([r['steps'] for r in mine]):,.0f} | "
             f"{1e3 * mean([r['train_seconds'] / max(1, r['steps']) for r in mine]):.1f} | "
@@ -125,5 +125,7 @@ def mean(values: list[float]) -> float:
     return statistics.mean(values) if values else math.inf
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+def deviation(values: list[float]) -> str:
+    """Sample standard deviation as a table shows it."""
+    found = spread(values)
+    return "-" if found is None else f"{found:.4f}"

@@ -45,6 +45,16 @@ def spread(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
+def interval(values: list[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Student's t interval of the mean of two or more values."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    reach = t.ppf((1 + confidence) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values) - reach, statistics.mean(values) + reach
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What runs of one side gain over another's; differences are positive where `ours` are better."""

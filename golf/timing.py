@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from golf.checks import kinds_of_steps
 from golf.config import Config
 from golf.journal import processor
 from golf.machine import accumulate, compile_model, set_up, warm_up
@@ -18,7 +17,7 @@ from golf.model import RecurrentGPT
 from golf.muon import Optimizers
 from golf.objective import Objective
 from golf.presets import PRESETS
-from golf.recipe import Recipe, Run
+from golf.recipe import Recipe, Run, kinds_of_steps
 
 
 class Stepper:

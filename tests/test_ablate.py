@@ -10,7 +10,7 @@ from conftest import TINY, run
 
 from golf import records
 from golf.errors import UsageError
-from golf.plan import budget_flags, configuration, read_plan, step_flops, words_of
+from golf.plan import average_step_flops, budget_flags, configuration, read_plan, words_of
 from golf.result_rows import read_rows, table, wanted
 
 PLAN = """
@@ -127,7 +127,7 @@ def test_equal_flops_gives_steps_by_the_work_of_each(tmp_path, corpus):
     plan = read_plan(plan_file(tmp_path, corpus, "flops", 1e12))
     config = configuration(plan, "control", 1)
     (_, steps) = budget_flags(plan, "control", config)
-    assert int(steps) == round(1e12 / step_flops(config))
+    assert int(steps) == round(1e12 / average_step_flops(config))
 
 
 def test_a_results_file_with_another_fault_is_refused(tmp_path):

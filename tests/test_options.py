@@ -17,14 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from golf import pace
 from golf.average import WeightAverage
 from golf.block import exclude_own
-from golf.checks import kinds_of_steps
 from golf.config import Config
 from golf.data import TokenStream, batches, coprime_stride
 from golf.errors import UsageError
 from golf.machine import Machine, accumulate
 from golf.model import RecurrentGPT
 from golf.objective import Objective
-from golf.recipe import Recipe
+from golf.recipe import Recipe, kinds_of_steps
 from golf.shape import BOS, Shape
 
 SHAPE = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=3)
