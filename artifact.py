@@ -130,15 +130,13 @@ def bundle_run(
     folder = Path(output or run)
     if not output and run in PRESETS:
         raise UsageError(f"--output: name a folder for the bundle of {run}.")
-    source = bundle.readable(config)
-    counted = bundle.minified(source) if minify else source
-    files = {"train_gpt.py": bundle.packed(counted) if pack else counted.encode()}
+    files = {"train_gpt.py": counted_code(config, minify, pack)}
     if minify or pack:
-        files["source/train_gpt.py"] = source.encode()
+        files["source/train_gpt.py"] = bundle.readable(config).encode()
     for name, data in files.items():
         if (folder / name).exists() and (folder / name).read_bytes() != data:
             raise UsageError(f"{folder / name} exists and is not this bundle; give another --output.")
-    if golden and (difference := golden_difference(config, pack, Path(golden))):
+    if golden and (difference := golden_difference(config, minify, pack, Path(golden))):
         raise UsageError(f"The bundle does not train as the checkout does: {difference}.")
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -147,15 +145,20 @@ def bundle_run(
     return 0
 
 
-def golden_difference(config: Config, pack: bool, data: Path, steps: int = 20) -> str:
+def counted_code(config: Config, minify: bool, pack: bool) -> bytes:
+    """The one file as it counts."""
+    source = bundle.readable(config)
+    source = bundle.minified(source) if minify else source
+    return bundle.packed(source) if pack else source.encode()
+
+
+def golden_difference(config: Config, minify: bool, pack: bool, data: Path, steps: int = 20) -> str:
     """Where the bundle's losses over a few steps leave the checkout's, or nothing."""
     run = replace(config.run, max_steps=steps, data=str(data.resolve()))
     losses = []
     with tempfile.TemporaryDirectory() as place:
         here = Path(place)
-        golden = bundle.readable(replace(config, run=run))
-        code = bundle.packed(bundle.minified(golden)) if pack else golden.encode()
-        (here / "train_gpt.py").write_bytes(code)
+        (here / "train_gpt.py").write_bytes(counted_code(replace(config, run=run), minify, pack))
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"DATA_PATH": str(data.resolve())}
         own = ["--run.data", run.data, "--run.max-steps", str(steps), "--run.runs", place, "--run.name", "checkout"]
         place_free = {name: getattr(Run(), name) for name in ("data", "name", "runs", "max_steps", "checkpoint")}

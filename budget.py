@@ -140,17 +140,19 @@ def measure() -> dict:
 
 def fit(config: Config, machine: str, widths: range, uniques: list[int], loops: list[int]) -> list[dict]:
     """The frontier under a track's cap: for each width, number of unique blocks and of loops the finest grid that
-    fits, and the steps that the machine makes with and without the loops. Head size 64, half as many KV heads."""
+    fits, and the steps that the machine makes with and without the loops. Head size 64 or near it, half as many KV
+    heads or the next fewer that divide them."""
     rates, code, rows = pace.machine_rates(machine, config), bundle.code_bytes(config), []
     for unique in uniques:
         for passes in loops:
             for width in widths:
                 heads = max(1, width // 64)
+                kv_heads = max(n for n in range(1, max(1, heads // 2) + 1) if heads % n == 0)
                 shape = replace(
-                    config.shape, width=width, heads=heads, kv_heads=max(1, heads // 2), prelude=0, core=unique, coda=0,
+                    config.shape, width=width, heads=heads, kv_heads=kv_heads, prelude=0, core=unique, coda=0,
                     loops=passes,
                 )  # fmt: skip
-                if width % heads or shape.heads % shape.kv_heads:
+                if width % heads or shape.head_size % 2:
                     continue
                 one = replace(config, shape=shape, pack=replace(config.pack, matrix_step=0.0, embed_step=0.0))
                 classes = size.artifact_bytes(one, code)
@@ -164,7 +166,7 @@ def fit(config: Config, machine: str, widths: range, uniques: list[int], loops: 
                     "parameters": shape.parameter_count, "bits": round(bits, 2), "bytes_total": total,
                     "step_ms": round(1e3 * pace.step_seconds(one, rates), 2), "steps": steps,
                     "steps_unlooped": unlooped,
-                    "steps_lost": f"{100 * (1 - steps / unlooped):.0f} %" if passes > 1 else "-",
+                    "steps_lost": f"{100 * (1 - steps / unlooped):.0f} %" if passes > 1 and unlooped else "-",
                 })  # fmt: skip
     return rows
 
@@ -185,8 +187,9 @@ def fit_command(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     arguments = [a for a in arguments if a != "--json"]
     track = take_option(arguments, "--track", "contest")
-    if track not in TRACKS:
-        raise UsageError(f"--track {track}: give one of {', '.join(TRACKS)}.")
+    timed = [name for name, limits in TRACKS.items() if math.isfinite(limits.train_seconds)]
+    if track not in timed:
+        raise UsageError(f"--track {track}: give one of {', '.join(timed)}.")
     uniques = numbers("--unique", take_option(arguments, "--unique", "3"))
     loops = numbers("--loops", take_option(arguments, "--loops", "3"))
     given = take_option(arguments, "--width", "")

@@ -63,6 +63,9 @@ def split(docs: Positional[str], output: Positional[str], formulaic: bool = Fals
     held = [t for t in texts if number(t) < HELD_OUT]
     rest = sorted((t for t in texts if number(t) >= HELD_OUT), key=number)
     size = lambda t: len(t.text.encode())  # noqa: E731
+    topics = {t.topic for t in texts}
+    if lost := topics - {t.topic for t in rest} or topics - {t.topic for t in held}:
+        raise UsageError(f"--docs {docs}: no document of topic {min(lost):.60} is on one side of the split, give more.")
     totals = {topic: sum(size(t) for t in rest if t.topic == topic) for topic in {t.topic for t in rest}}
     left, train = dict.fromkeys(totals, min(totals.values())), []
     for text in rest:

@@ -34,7 +34,7 @@ from golf import evidence, folders, prove, records, submission, validation
 from golf.bpb import Score
 from golf.config import TRACKS
 from golf.console import parse, run_script
-from golf.contender import Contender, Invalid, Limits
+from golf.contender import MOST_NUMBERS, Contender, Invalid, Limits
 from golf.data import Corpus
 from golf.errors import UsageError
 from golf.files import write_bytes
@@ -43,10 +43,14 @@ from golf.kept_scores import KeptScores
 from golf.recheck import fresh_process
 
 ROOT = Path(__file__).resolve().parent
+FAR_OVER = 16  # times the cap, beyond which a submission is not looked at
 
 
 def data_folder(record: records.Record, given: str) -> Path:
-    """The data asked for, or the data the record names."""
+    """The data asked for, or data/NAME where the record gives a plain name. Raises UsageError."""
+    plain = Path(record.corpus).name == record.corpus and not record.corpus.startswith(".")
+    if not (given or os.environ.get("DATA_PATH") or plain):  # else it would choose its own text
+        raise UsageError(f"The record's corpus {record.corpus!r:.60} is not a plain name, give --data.")
     return Path(given or os.environ.get("DATA_PATH") or f"data/{record.corpus}")
 
 
@@ -63,10 +67,14 @@ def judge(
     sheet, limits = Sheet(off), limits or Limits(entry.limits.eval_seconds)
     verdict = {
         "folder": str(folder), "track": entry.record.track, "official_truncation": official,
-        "folder_sha256": folders.sha256_of(folder), "machine": f"{platform.processor() or platform.machine()}, "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}",
     }  # fmt: skip
     try:
+        size = folders.sizes(folder).total
+        if size > FAR_OVER * entry.limits.bytes_cap:  # not even read
+            raise Invalid(f"{size:,} bytes, {entry.limits.bytes_cap:,} allowed (decimal)", 9)
+        verdict["folder_sha256"] = folders.sha256_of(folder)
         text = validation.load(data, entry)
         if text.tokens.size - 1 < entry.context and official:
             raise UsageError(f"--data {data}: it is shorter than one row of {entry.context} tokens, give more text.")
@@ -97,18 +105,13 @@ def score_text(
     if keep:
         whose = {"folder": folders.sha256_of(entry.folder), "text": text.sha256, "official": official,
                  "asked": [entry.context, entry.stride, entry.chunk]}  # fmt: skip
-        kept = KeptScores(keep[0], whose, keep[1])
-    with Contender(entry.folder, text.tokenizer.model, limits, data, shut_in=shut_in) as contender:
-        if contender.vocab != text.tokenizer.vocab_size:
-            raise Invalid(
-                f"the scorer's vocabulary is {contender.vocab}, the tokenizer's {text.tokenizer.vocab_size}", 8
-            )
-        if entry.adapts and not {"adapt", "reset"} <= contender.offers:
-            raise Invalid("it is said to adapt, but its scorer has no adapt() and reset()", 5)
+        kept = KeptScores(keep[0], whose | {"every": keep[1]}, keep[1])
+    with Contender(entry.folder, text.tokenizer.shown, limits, data, shut_in=shut_in) as contender:
+        require_offers(contender, entry, text)
         tell = tell_progress(text.tokens.size - 1, limits)
         referee = Referee(entry, text, contender, sheet, stock_tokens(text), official, tell)
         referee.run(kept)
-        evidence.shut_in(contender, sheet)
+        evidence.shut_in(contender, text, sheet)
     if math.isfinite(limits.seconds):
         sheet.see(10, limits.scoring <= limits.seconds, f"it took {limits.scoring:.0f} s of {limits.seconds:g}")
         sheet.note(10, f"{limits.scoring:.1f} of {limits.seconds:g} s for loading and scoring")
@@ -133,8 +136,6 @@ def score_text(
     evidence.certain_runs(referee.ledger.scores, text.tokens, corpus, sheet)
     artifact = entry.folder / "model.bin"
     measured = folders.sizes(entry.folder)
-    if kept:
-        kept.clear()
     return {
         "val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens, "val_bytes": score.bytes,
         "eval_seconds": round(limits.scoring, 3), "probe_seconds": round(limits.probing, 3), "corpus": text.corpus,
@@ -148,6 +149,17 @@ def score_text(
     }  # fmt: skip
 
 
+def require_offers(contender: Contender, entry: submission.Submission, text: validation.Validation) -> None:
+    """Raise Invalid where a scorer is not what the submission and its tokenizer say."""
+    if contender.vocab != text.tokenizer.vocab_size:
+        raise Invalid(f"the scorer's vocabulary is {contender.vocab}, the tokenizer's {text.tokenizer.vocab_size}", 8)
+    if entry.context * contender.vocab > MOST_NUMBERS:
+        raise Invalid(f"rows of {entry.context:,} tokens have {entry.context * contender.vocab:,} log-probabilities, "
+                      f"{MOST_NUMBERS:,} are allowed")  # fmt: skip
+    if entry.adapts and not {"adapt", "reset"} <= contender.offers:
+        raise Invalid("it is said to adapt, but its scorer has no adapt() and reset()", 5)
+
+
 def prove_folder(folder: Path, data: Path, documents: int, tokens: int) -> dict:
     """Compress a sample with the scorer, have a fresh process read it back, and compare size and score."""
     entry = submission.read(folder)
@@ -156,7 +168,8 @@ def prove_folder(folder: Path, data: Path, documents: int, tokens: int) -> dict:
     began = time.monotonic()
     sample = prove.choose(text, entry.context, documents, tokens, np.random.default_rng())
     bos = text.tokenizer.bos
-    with Contender(folder, text.tokenizer.model, limits, data) as scorer:
+    with Contender(folder, text.tokenizer.shown, limits, data) as scorer:
+        require_offers(scorer, entry, text)
         if entry.adapts:
             scorer.reset()
         nats = prove.usual_score(scorer, sample, entry.chunk)
@@ -167,8 +180,8 @@ def prove_folder(folder: Path, data: Path, documents: int, tokens: int) -> dict:
         path = Path(place) / "proof"
         path.write_bytes(packed)
         command = [sys.executable, str(ROOT / "eval_bpb.py"), "decode", str(folder), str(path), "--bos", str(bos)]
-        if text.tokenizer.model:
-            (Path(place) / "tokenizer.model").write_bytes(text.tokenizer.model)
+        if text.tokenizer.shown:
+            (Path(place) / "tokenizer.model").write_bytes(text.tokenizer.shown)
             command += ["--tokenizer", str(Path(place) / "tokenizer.model")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 2:
@@ -181,17 +194,17 @@ def prove_folder(folder: Path, data: Path, documents: int, tokens: int) -> dict:
 
 
 def write_verdict(folder: Path, values: dict) -> None:
-    """verdict.json, what stands in it already kept; a folder that cannot be written keeps none."""
+    """verdict.json, what stands in it already kept; a folder that cannot be written keeps none, and that is said."""
     path = folder / "verdict.json"
     old = {}
     with contextlib.suppress(OSError, ValueError, RecursionError):
         old = json.loads(path.read_text("utf-8"))
-    same = isinstance(old, dict) and old.get("folder_sha256") == values["folder_sha256"]  # not of other files
+    same = isinstance(old, dict) and old.get("folder_sha256") == values.get("folder_sha256")  # not of other files
     kept = old if same and "proof" in values else {"proof": old["proof"]} if same and "proof" in old else {}
     try:
         write_bytes(path, json.dumps({**kept, **values}, indent=1).encode() + b"\n")
-    except UsageError:
-        print(f"{folder} cannot be written: no verdict.json.", file=sys.stderr)
+    except OSError as error:
+        print(f"{folder} cannot be written ({error.strerror}): no verdict.json.", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -337,18 +350,22 @@ def judge_folder(arguments: JudgeArguments) -> int:
     if arguments.keep and Path(arguments.keep).resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"--keep {arguments.keep}: it lies in the submission's own folder, name a file elsewhere.")
     keep = (Path(arguments.keep), arguments.keep_every) if arguments.keep else None
+    if arguments.retrain:
+        from golf import retrain
+
+        retrain.require(folder, data)  # before any time is spent
     verdict = judge(folder, data, arguments.official, limits=limits, keep=keep)
     if arguments.retrain:
-        from golf.retrain import retrain
-
-        verdict["retrained"] = told = retrain(folder, data, verdict, partial(judge, claims=False))
+        verdict["retrained"] = told = retrain.retrain(folder, data, verdict, partial(judge, claims=False))
         if not told.startswith("agrees") and verdict["valid"]:
             verdict |= {"valid": False, "invalid": f"trained again: {told}"}
-    write_verdict(folder, verdict)
     if arguments.json:
-        print(json.dumps(verdict))
+        print(json.dumps(verdict), flush=True)
     else:
         show(verdict)
+    write_verdict(folder, verdict)
+    if keep and "val_bpb" in verdict:
+        KeptScores.clear(keep[0])
     if not verdict["valid"]:
         print(f"invalid: {verdict['invalid']}.", file=sys.stderr)
     return 0 if verdict["valid"] else 1

@@ -109,7 +109,7 @@ def compare(
         folders: Run folders of one side.
         against: Run folders of the other side.
         planned: Seeds a side that were planned before the first run; each seed beyond them counts as one look more.
-        mixed: Compare runs of different corpora or caps all the same.
+        mixed: Compare runs of different corpora, caps or amounts of training all the same.
         json: Print one JSON object.
     """
     from golf import stats
@@ -121,8 +121,8 @@ def compare(
     if both := {Path(f).resolve() for f in folders} & {Path(f).resolve() for f in against}:
         raise UsageError(f"compare: {min(both).name} stands on both sides, give it once.")
     ours, theirs = run_list.sides([Path(f) for f in folders], [Path(f) for f in against], mixed)
-    found = stats.compare(*([getattr(r, key) for r in side] for side in (ours, theirs)
-                            for key in ("val_loss", "val_bpb")), planned)  # fmt: skip
+    nats, their_nats, own = run_list.losses(ours, theirs)
+    found = stats.compare(nats, [r.val_bpb for r in ours], their_nats, [r.val_bpb for r in theirs], planned)
     left_out = run_list.others([Path(f) for f in (*folders, *against)], {r.fingerprint for r in (*ours, *theirs)})
     if json:
         told = asdict(found) | {"meets_rule": found.meets_rule, "meets_practice": found.meets_practice}
@@ -136,6 +136,8 @@ def compare(
         told = "" if sd is None else f" (sd {sd:.4f})"
         print(f"{name}: {bpb:.4f} bpb{told}, {loss:.4f} nats a token; seeds {[r.seed for r in side]}")
     print("\n".join(found.sentences()))
+    if not own:
+        print("tokenizers differ: nats a token are bits a byte, told at the other side's bytes a token")
     for run in left_out:
         print(f"left out, of the same configurations: {run.folder.name} ({run.status})", file=sys.stderr)
     return 0

@@ -82,23 +82,28 @@ class Result:
 
 
 class Rollback:
-    """The weights and the count of steps before the last update, to return to when it must not stand."""
+    """The weights, their average and the count of steps before the last update, to return to when it must not stand."""
 
-    def __init__(self, result: Result):
-        self.result = result
-        self.weights = [p.detach().clone() for p in result.model.parameters()]
-        self.counts = (0, 0, 0.0, float("nan"))
+    def __init__(self, result: Result, average: WeightAverage):
+        self.result, self.average = result, average
+        self.weights = [t.detach().clone() for t in self.tensors()]
+        self.counts, self.progress = (0, 0, 0.0, float("nan")), average.progress
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.result.model.parameters(), *self.average.average]
 
     @torch.no_grad()
     def remember(self) -> None:
         """Before an update: keep the weights, whose loss has just been found finite."""
-        torch._foreach_copy_(self.weights, list(self.result.model.parameters()))
+        torch._foreach_copy_(self.weights, self.tensors())
+        self.progress = self.average.progress
         self.counts = (self.result.steps, self.result.tokens, self.result.train_seconds, self.result.loss)
 
     @torch.no_grad()
     def take_back(self) -> None:
         """Undo the last update."""
-        torch._foreach_copy_(list(self.result.model.parameters()), self.weights)
+        torch._foreach_copy_(self.tensors(), self.weights)
+        self.average.progress = self.progress
         self.result.steps, self.result.tokens, self.result.train_seconds, self.result.loss = self.counts
 
 
@@ -168,14 +173,15 @@ def train(
     })  # fmt: skip
 
     result = Result(model)
-    rollback, noise = Rollback(result), GridNoise(model, config)
+    average, objective, noise = WeightAverage(model, recipe.average), Objective(config), GridNoise(model, config)
+    rollback = Rollback(result, average)
     pace = Pace(said_pace(run.pace))
     now = pace.now if run.pace else machine.now
     timed = Clock(config.train_seconds, min(reserve, config.train_seconds / 2), machine.largest, now)
     clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
-    average, objective = WeightAverage(model, recipe.average), Objective(config)
     if keeper:
         keeper.begin(model, optimizers, clock, average, objective, noise, result)
+        rollback.remember()  # a run that goes on falls back to where it does
 
     def source_from(length: int, step: int) -> Iterator:
         rows = micro_rows * recipe.sequence_length // length
@@ -316,6 +322,7 @@ def main() -> int:
     budget.require_fit(config)
     code = bundle.counted_files(config)  # now, so that what ships is what runs
     machine = set_up(config)
+    folder = Path(machine.from_rank_0(str(folder)))  # named by the time of day
     if machine.rank == 0 and not config.run.resume:
         records.create_folder(folder)
     with Interrupt().watched() as interrupt, journal.Journal(folder, machine.rank) as log:

@@ -49,7 +49,7 @@ from golf import records
 from golf.console import parse, run_script
 from golf.errors import UsageError
 from golf.files import write_bytes
-from golf.plan import Plan, average_step_flops, budget_flags, configuration, make_plan, read_plan, words_of
+from golf.plan import Plan, average_step_flops, budget_flags, configuration, make_plan, read_plan, words_of, work_of
 from golf.result_rows import add_row, bpb_of, read_rows, table, void, wanted
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,17 +129,21 @@ def with_paces(plan: Plan, results: Path, cpus: list[int] | None = None) -> Plan
         known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     except ValueError as error:
         raise UsageError(f"{path} is not JSON ({error}); delete it, and the paces are measured anew.") from error
-    if missing := [name for name in plan.variants if name not in known]:
+    configs = {name: configuration(plan, name, plan.seeds[0]) for name in plan.variants}
+    works = {name: work_of(config) for name, config in configs.items()}
+    told = {name: entry["work"] for name, entry in known.items() if isinstance(entry, dict)}
+    if missing := [name for name, work in works.items() if told.get(name) != work]:
         if known or cpus is None:
-            raise UsageError(f"{path}: it has no pace of {missing[0]}, and all are timed in turn; delete the file.")
+            raise UsageError(f"{path}: it has no pace of {missing[0]} as it is now, and all are timed in turn; delete "
+                             "the file.")  # fmt: skip
         from golf.timing import paces
 
         print(f"timing {len(missing)} variants in turn", flush=True)
-        configs = {name: configuration(plan, name, plan.seeds[0]) for name in missing}
         with ProcessPoolExecutor(1, get_context("spawn"), pin, (cpus,)) as pool:  # whose memory goes with it
-            known = pool.submit(paces, configs).result()
+            found = pool.submit(paces, configs).result()
+        known = {name: {"work": works[name], "pace": pace} for name, pace in found.items()}
         write_bytes(path, json.dumps(known, indent=1).encode() + b"\n")
-    return replace(plan, paces=known)
+    return replace(plan, paces={name: known[name]["pace"] for name in plan.variants})
 
 
 def pin(cpus: list[int], process: int = 0) -> None:
@@ -235,7 +239,7 @@ def carry_out(plan: Plan, results: Path, pairs: bool, most: int = 0) -> list[dic
 
 
 def side_by_side(plan: Plan, part: list[tuple[str, int]], cores: list[int]) -> list[dict]:
-    """Two runs at once, each on half of the cores; a share is then of that half."""
+    """Two runs at once, each on half of the cores; each share is of the whole processor, and both are added."""
     half = len(cores) // 2
     with ThreadPoolExecutor(2) as pool:
         halves = (cores[:half], cores[half : 2 * half])

@@ -132,7 +132,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None
 
 
 class Block(nn.Module):
-    """One unique transformer block: causal attention, then the squared-ReLU MLP, each with a learned scale.
+    """One unique transformer block: causal attention, then the MLP, each with a learned scale.
 
     The control vectors come from outside, so that a pass of a shared block can have its own.
     """

@@ -20,6 +20,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
+from golf.ablate import with_paces
 from golf.console import parse, run_script
 from golf.errors import UsageError
 from golf.plan import Plan, configuration, read_plan
@@ -92,7 +93,8 @@ class Arguments:
 def main() -> int:
     asked = parse(tyro.cli, Arguments, prog="python -m golf.capacity")
     path = Path(asked.file)
-    found = measure(read_plan(path), read_rows(path.with_suffix(".jsonl")))
+    results = path.with_suffix(".jsonl")
+    found = measure(with_paces(read_plan(path), results), read_rows(results))
     print(json.dumps([asdict(worth) for worth in found]) if asked.json else table(found))
     return 0
 

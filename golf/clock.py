@@ -99,13 +99,14 @@ class StepCounter:
         self.total = steps
         self.done = 0
         self.started = time.perf_counter()
-        self.left_out = 0.0
+        self.left_out = self.step_began = 0.0
 
     elapsed = Clock.elapsed
     paused = Clock.paused
     now = staticmethod(time.perf_counter)
 
     def begin_step(self) -> float | None:
+        self.step_began = self.elapsed()
         return self.done / self.total if self.done < self.total else None
 
     def may_update(self) -> bool:
@@ -113,4 +114,4 @@ class StepCounter:
 
     def end_step(self) -> float:
         self.done += 1
-        return self.elapsed() / self.done
+        return self.elapsed() - self.step_began

@@ -32,6 +32,11 @@ def run_script(main: Callable[[], int | None]) -> int:
         return 130
 
 
+def printable(text: str) -> str:
+    """A stranger's text as it may be shown on a terminal: what is no character to see becomes a space."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def parse(parser: Callable, *arguments: object, **options: object) -> object:
     """Call one of tyro's parsers; its drawn box about a wrong option becomes a UsageError of one sentence."""
     said = io.StringIO()

@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 
 from golf import folders
+from golf.console import printable
 from golf.errors import UsageError
 
 HERE = Path(__file__).resolve().parent
@@ -38,6 +39,8 @@ TMP_MB = 1024  # what a scorer may write
 MOST_PROCESSES = 1024
 # Errors of a scorer that wanted what it was not given.
 REACHES_OUT = ("FileNotFoundError", "PermissionError", "Connection", "OSError", "gaierror", "TimeoutError", "URLError")
+LEAST_FREE = 0.02  # of the machine's memory, below which the scorer is stopped: nameless files are no process's own
+MOST_NUMBERS = 1 << 29  # log-probabilities of one row, two gigabytes
 LONGEST_WAIT = 60.0  # seconds between two looks at the limits, where they are far
 LOOK_EVERY = 0.2  # seconds between two looks at a scorer's memory
 KEPT_VARIABLES = ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
@@ -82,7 +85,8 @@ def why_not_isolated() -> str:
     """The reason why this system cannot shut a process in, or nothing."""
     if not sys.platform.startswith("linux"):
         return f"{sys.platform} has no namespaces"
-    done = subprocess.run([sys.executable, "-I", SANDBOX, "--try"], capture_output=True, text=True, check=False)
+    spec = json.dumps({"binds": [[p, p] for p in installation()]})
+    done = subprocess.run([sys.executable, "-I", SANDBOX, "--try", spec], capture_output=True, text=True, check=False)
     return "" if done.returncode == 0 else done.stdout.strip() or "the system refused namespaces"
 
 
@@ -167,9 +171,9 @@ class Contender:
         os.close(request_read)
         os.close(answer_write)
         stack.callback(self.kill)
-        self.requests, self.replies = os.fdopen(request_write, "w"), answer_read
+        self.requests, self.replies = request_write, answer_read
         stack.callback(os.close, answer_read)
-        stack.callback(self.close_requests)
+        stack.callback(os.close, request_write)
         self.pending = b""
         ended = threading.Event()
         watcher = threading.Thread(target=self.watch_memory, args=(ended,), daemon=True)
@@ -194,15 +198,13 @@ class Contender:
                 used = taken(tree, "pss")  # pages that processes share count once; slower to find out
             if used > most:
                 self.fault = f"the scorer was stopped: it took {used / 1e9:.1f} GB of memory, {most / 1e9:.1f} allowed"
+            elif (machine := psutil.virtual_memory()).available < LEAST_FREE * machine.total:
+                self.fault = f"the scorer was stopped: the machine had {machine.available / 1e6:,.0f} MB of memory left"
             elif len(tree) > MOST_PROCESSES:
                 self.fault = f"the scorer was stopped: it started {len(tree):,} processes"
             if self.fault:
                 self.kill()
                 return
-
-    def close_requests(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.requests.close()
 
     def kill(self) -> None:
         """End the scorer and what it started."""
@@ -244,7 +246,7 @@ class Contender:
         except (ValueError, RecursionError) as error:
             raise Invalid(f"the scorer answered {line[:80]!r}") from error
         if "error" in message:
-            said = str(message["error"])[:500]
+            said = printable(str(message["error"])[:500])
             raise Invalid(f"the scorer failed: {said}", 11 if said.startswith(REACHES_OUT) else 0)
         return message
 
@@ -259,9 +261,13 @@ class Contender:
         data = b"".join(np.ascontiguousarray(a, dtype=np.int64).tobytes() for a in arrays)
         os.ftruncate(self.tokens.fileno(), len(data))
         os.pwrite(self.tokens.fileno(), data, 0)
+        if self.pending or (select.select([self.replies], [], [], 0)[0] and os.read(self.replies, 1)):
+            raise Invalid(self.fault or "the scorer answered before it was asked")
+        left = self.limits.left(1.0 if self.probe else self.share)
+        if not select.select([], [self.requests], [], max(0.0, min(left, LONGEST_WAIT)))[1]:
+            raise Invalid("the scorer does not read what it is asked")
         with contextlib.suppress(BrokenPipeError):  # receive() says how the process ended
-            self.requests.write(json.dumps({"ask": kind, **what}) + "\n")
-            self.requests.flush()
+            os.write(self.requests, (json.dumps({"ask": kind, **what}) + "\n").encode())
         if self.receive().get("rows") != max(1, what.get("rows", 0)):
             raise Invalid("the scorer answered another request than the one made")
 

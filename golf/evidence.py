@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import bz2
+import contextlib
 import hashlib
 import lzma
 import re
@@ -15,19 +16,16 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from golf import folders
+from golf import casing, folders
+from golf.bpb import ByteTable, documents
 from golf.contender import Contender
 from golf.data import Corpus
 from golf.errors import UsageError
 from golf.judging import Sheet
-from golf.submission import Submission
-from golf.validation import Validation
+from golf.submission import PUBLISHED_TOKENIZERS, Submission
+from golf.tokenizer_file import USUAL_BYTES
+from golf.validation import Tokenizer, Validation
 
-PUBLISHED_TOKENIZERS = {  # sha256 of models that are public, so that nothing can hide in their pieces
-    "4f5e8adb109c66b4886963bc75a7befd73bda36d27fd7102df8e9e66503b0e2a": "fineweb_1024_bpe",
-    "0518df93315eaff6bc75ad4d9711b01c1b5e9ac32e8b3da603c040d8653f7f03": "fineweb_8192_bpe",
-    "97754754561f20def5edd99765ca0668f880bd94e67316d54aa10ab25f45cc4d": "fineweb_8192_bpe_caseops",
-}
 WINDOW = 32  # bytes that must be equal for stored text, and between two looks at the validation text
 MOST_TEXT = 64_000_000  # bytes of validation text that are looked for
 STORED = 32  # windows, about a kilobyte, that a submission may share with the validation text by chance
@@ -52,12 +50,14 @@ def claims(submission: Submission, validation: Validation, sheet: Sheet, officia
     left_out = ", without the partial last row" if official else ", the tail included"
     sheet.note(8, f"{validation.starts.size:,} documents, {targets:,} targets{left_out}, "
                   f"sha256 {validation.sha256[:12]}, {validation.source}")  # fmt: skip
-    measured = folders.sizes(submission.folder)
-    sheet.see(9, measured.total <= limits.bytes_cap,
-              f"{measured.total:,} bytes, {limits.bytes_cap:,} allowed (decimal)")  # fmt: skip
+    measured, stuffed = folders.sizes(submission.folder), validation.tokenizer.excess
+    total = measured.total + stuffed
+    sheet.see(9, total <= limits.bytes_cap, f"{total:,} bytes, {limits.bytes_cap:,} allowed (decimal)")
     strays = [n for n in measured.files if Path(n).suffix not in (".py", ".bin", ".zip")]
     also = f", among them {', '.join(strays[:3])}" if strays else ""
-    sheet.note(9, f"{measured.total:,} of {limits.bytes_cap:,} bytes in {len(measured.files)} files{also}")
+    sheet.note(9, f"{total:,} of {limits.bytes_cap:,} bytes in {len(measured.files)} files{also}")
+    if stuffed:
+        sheet.note(9, f"{stuffed:,} of them in a tokenizer of its own, beyond {USUAL_BYTES} a piece")
     sheet.see(10, record.train_seconds <= limits.train_seconds,
               f"it was trained for {record.train_seconds:g} s, {limits.train_seconds:g} allowed")  # fmt: skip
 
@@ -96,7 +96,6 @@ def disjoint(corpus: Corpus, sheet: Sheet) -> None:
         starts, ends = starts[long_enough], ends[long_enough]
         places = np.stack([starts + 1, (starts + 1 + ends - OVERLAP_TOKENS) // 2, ends - OVERLAP_TOKENS])  # (3, D)
         wanted = hashes(tokens, OVERLAP_TOKENS)[places]
-        seen = np.zeros(wanted.size, dtype=bool)
         ordered, back = np.unique(wanted, return_inverse=True)
         found = np.zeros(ordered.size, dtype=bool)
         looked = 0
@@ -115,47 +114,68 @@ def disjoint(corpus: Corpus, sheet: Sheet) -> None:
     sheet.note(12, f"{double:,} of {starts.size:,} documents in {whole} {looked:,} training tokens")
 
 
-def unpacked(data: bytes, depth: int = 3) -> Iterator[bytes]:
-    """Data, and whatever decompressing it gives, as far as common formats go."""
+class Room:
+    """Bytes that unpacking one submission may give in all; what stands beyond is not searched."""
+
+    def __init__(self, left: int = UNPACKED_LIMIT):
+        self.left = left
+
+    def take(self, data: bytes) -> bytes:
+        data = data[: self.left]
+        self.left -= len(data)
+        return data
+
+
+def unpacked(data: bytes, room: Room, depth: int = 3) -> Iterator[bytes]:
+    """Data, and whatever decompressing it gives, as far as common formats and the room go; one at a time."""
     yield data
     if depth == 0:
         return
     for open_it in (
-        lambda d: zlib.decompressobj().decompress(d, UNPACKED_LIMIT),
-        lambda d: zlib.decompressobj(31).decompress(d, UNPACKED_LIMIT),
-        lambda d: lzma.LZMADecompressor().decompress(d, UNPACKED_LIMIT),
-        lambda d: bz2.BZ2Decompressor().decompress(d, UNPACKED_LIMIT),
-        lambda d: zstandard.ZstdDecompressor().decompressobj().decompress(d)[:UNPACKED_LIMIT],
+        lambda d, most: zlib.decompressobj().decompress(d, most),
+        lambda d, most: zlib.decompressobj(31).decompress(d, most),
+        lambda d, most: lzma.LZMADecompressor(memlimit=UNPACKED_LIMIT).decompress(d, most),
+        lambda d, most: bz2.BZ2Decompressor().decompress(d, most),
+        lambda d, most: zstandard.ZstdDecompressor(max_window_size=UNPACKED_LIMIT).stream_reader(d).read(most),
     ):
+        if room.left < 1:
+            return
         try:
-            inner = open_it(data)
+            inner = room.take(open_it(data, room.left))
         except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, zstandard.ZstdError, MemoryError):
             continue
         if inner:
-            yield from unpacked(inner, depth - 1)
+            yield from unpacked(inner, room, depth - 1)
     for literal in re.findall(rb"[\"']([!-~]{64,})[\"']", data):
         for decode in (base64.b85decode, base64.b64decode):
             try:
-                yield from unpacked(decode(literal), depth - 1)
+                yield from unpacked(room.take(decode(literal)), room, depth - 1)
             except (ValueError, binascii.Error):
                 continue
 
 
-def shared_windows(data: bytes, text: np.ndarray) -> int:
-    """How many WINDOW-byte pieces of `text`, taken end to end, stand anywhere in `data`."""
-    count = text.size // WINDOW
-    if count == 0 or len(data) < WINDOW:
-        return 0
-    pieces = text[: count * WINDOW].reshape(count, WINDOW)
+def windows_of(text: bytes) -> np.ndarray:
+    """Different WINDOW-byte pieces of a text, taken end to end, (N, WINDOW) uint8, by their first eight bytes as a
+    number; those of few different characters left out."""
+    count = len(text) // WINDOW
+    pieces = np.frombuffer(text, dtype=np.uint8, count=count * WINDOW).reshape(count, WINDOW)
     varied = (np.sort(pieces, axis=1)[:, 1:] != np.sort(pieces, axis=1)[:, :-1]).sum(axis=1) >= 8
     pieces = np.unique(pieces[varied], axis=0)
-    if not len(pieces):
-        return 0
-    words = np.ascontiguousarray(pieces[:, :8]).view("<u8")[:, 0]
-    order = np.argsort(words)
-    words, pieces = words[order], pieces[order]
+    return pieces[np.argsort(first_words(pieces), kind="stable")]
+
+
+def first_words(pieces: np.ndarray) -> np.ndarray:
+    """The first eight bytes of pieces (N, WINDOW) as numbers, (N,) uint64."""
+    return np.ascontiguousarray(pieces[:, :8]).view("<u8")[:, 0]
+
+
+def shared_windows(data: bytes, pieces: np.ndarray) -> set[int]:
+    """Which of a text's pieces stand anywhere in `data`."""
+    if not len(pieces) or len(data) < WINDOW:
+        return set()
+    words = first_words(pieces)
     raw = np.frombuffer(data, dtype=np.uint8)
-    found = set()
+    found: set[int] = set()
     for shift in range(8):
         part = raw[shift : shift + (raw.size - shift) // 8 * 8].view("<u8")
         at = np.searchsorted(words, part).clip(max=words.size - 1)
@@ -166,41 +186,64 @@ def shared_windows(data: bytes, text: np.ndarray) -> int:
                 if here.size == WINDOW and np.array_equal(pieces[index], here):
                     found.add(index)
                 index += 1
-    return len(found)
+    return found
+
+
+def text_of(tokens: np.ndarray, tokenizer: Tokenizer | ByteTable) -> Iterator[bytes]:
+    """The documents' text; one that was cut inside a character is left out."""
+    for document in documents(tokens, tokenizer.bos):
+        with contextlib.suppress(UnicodeDecodeError):
+            yield tokenizer.decode(document)
 
 
 def stored_text(submission: Submission, validation: Validation, corpus: Corpus | None, sheet: Sheet) -> None:
-    """Check 13: pieces of the validation text in the files, or in a tokenizer's pieces."""
+    """Check 13: pieces of the validation text in the files, or in a tokenizer's pieces. What the training text has too
+    is no sign of anything."""
     if 13 in sheet.off:
         return
     tokens = validation.tokens[:MOST_TEXT]
-    needles = {
-        "text": validation.tokenizer.decode(tokens)[:MOST_TEXT] if validation.tokenizer.transform == "none" else b"",
-        "tokens": tokens.astype("<u2").tobytes()[:MOST_TEXT],
-    }
-    control = b""
-    if corpus is not None and corpus.tokens["train"]:
-        first = next((s for s in corpus.shards("train") if s.size), np.zeros(0, "<u2"))
-        try:
-            control = validation.tokenizer.decode(first[: tokens.size])
-        except (IndexError, UnicodeDecodeError):
-            control = b""
-    files = [p.read_bytes() for p in folders.counted(submission.folder)]
-    hidden = [("the files", part) for data in files for part in unpacked(data)]
+    text = b"".join(text_of(tokens, validation.tokenizer))[:MOST_TEXT]
+    needles = {"text": windows_of(text), "tokens": windows_of(tokens.astype("<u2").tobytes()[:MOST_TEXT])}
+    found: dict[tuple[str, str], set[int]] = {}
+
+    def look(where: str, part: bytes) -> None:
+        for kind, pieces in needles.items():
+            found.setdefault((kind, where), set()).update(shared_windows(part, pieces))
+
+    room = Room()
+    for path in folders.counted(submission.folder):
+        for part in unpacked(path.read_bytes(), room):
+            look("the files", part)
     name = PUBLISHED_TOKENIZERS.get(hashlib.sha256(validation.tokenizer.model).hexdigest())
     canonical = corpus is not None and validation.source == "shards"
     if validation.tokenizer.kind == "sentencepiece" and not name and not canonical:
-        hidden.append(("the tokenizer's pieces", b"\n".join(validation.tokenizer.table.text)))
-    by_chance = sum(shared_windows(part, np.frombuffer(control, dtype=np.uint8)) for _, part in hidden)
-    total = 0
-    for where, part in hidden:
-        for kind, needle in needles.items():
-            found = shared_windows(part, np.frombuffer(needle, dtype=np.uint8))
-            total = max(total, found)
-            sheet.see(13, found < STORED or found < 5 * (by_chance + 1),
-                      f"{found:,} pieces of {WINDOW} bytes of the validation {kind} stand in {where}")  # fmt: skip
+        look("the tokenizer's pieces", b"\n".join(validation.tokenizer.table.text))
+    usual = 0
+    for (kind, where), pieces in found.items():
+        known = in_training(needles[kind], pieces, corpus) if kind == "text" and len(pieces) >= STORED else set()
+        usual, left = usual + len(known), len(pieces - known)
+        sheet.see(13, left < STORED, f"{left:,} pieces of {WINDOW} bytes of the validation {kind} stand in {where}")
+    most = max(map(len, found.values()), default=0)
     which = name or ("the data's own tokenizer" if canonical else "its pieces were searched")
-    sheet.note(13, f"{total} shared pieces of {WINDOW} bytes ({by_chance} with training text); {which}")
+    full = "" if room.left else f"; unpacked to {UNPACKED_LIMIT:,} bytes and no further"
+    sheet.note(13, f"{most} shared pieces of {WINDOW} bytes ({usual} of them in the training text){full}; {which}")
+
+
+def in_training(pieces: np.ndarray, found: set[int], corpus: Corpus | None) -> set[int]:
+    """Which of the pieces that were found stand in the training text, up to MOST_TRAIN tokens of it."""
+    if corpus is None:
+        return set()
+    table, here, known, left = ByteTable(corpus.tokenizer), sorted(found), set(), MOST_TRAIN
+    for shard in corpus.shards("train"):
+        for at in range(0, min(shard.size, left), 1 << 20):
+            texts = text_of(shard[at : at + (1 << 20)], table)
+            if corpus.transform == "case":
+                texts = (casing.restore(t.decode(errors="replace")).encode() for t in texts)
+            known |= shared_windows(b"".join(texts), pieces[here])
+        left -= shard.size
+        if left <= 0:
+            break
+    return {here[n] for n in known}
 
 
 def certain_runs(scores: np.ndarray, tokens: np.ndarray, corpus: Corpus | None, sheet: Sheet) -> None:
@@ -235,9 +278,12 @@ def certain_runs(scores: np.ndarray, tokens: np.ndarray, corpus: Corpus | None, 
     sheet.note(13, f"{len(runs)} runs of near-zero loss, the longest {longest:,}; {unseen} of their targets unseen")
 
 
-def shut_in(contender: Contender, sheet: Sheet) -> None:
+def shut_in(contender: Contender, validation: Validation, sheet: Sheet) -> None:
     """Check 11: by namespaces it holds; a watched process can only be seen not to have been caught."""
-    if contender.isolation == "isolated":
+    if validation.corpus_fingerprint.startswith("python"):
+        sheet.note(11, f"{contender.isolation}, but the text is Python's own library, without which no scorer runs: "
+                       "this verdict does not say that it is self-contained")  # fmt: skip
+    elif contender.isolation == "isolated":
         sheet.see(11, True, "")
         sheet.note(11, "isolated: no network, and no file but the Python installation, system libraries and the "
                        "counted ones (namespaces)")  # fmt: skip

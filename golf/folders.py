@@ -68,7 +68,7 @@ def sha256_of(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in counted(folder):
         data = path.read_bytes()
-        digest.update(f"{path.relative_to(folder)}\0{len(data)}\0".encode() + data)
+        digest.update(f"{path.relative_to(folder)}\0{len(data)}\0".encode("utf-8", "surrogateescape") + data)
     return digest.hexdigest()
 
 

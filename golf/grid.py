@@ -87,7 +87,8 @@ def nearest(weight: np.ndarray, row: np.ndarray, column: np.ndarray) -> Grid:
 
 
 def fine_grid(weight: np.ndarray) -> Grid:
-    """The rule of small and control tensors: 127 steps to each row's largest magnitude, at least."""
+    """The rule of small and control tensors: steps as fine as each row's largest magnitude allows, 122 to 127 of
+    them to it (fewer in rows eight octaves under the coarsest step)."""
     column = np.zeros(weight.shape[1], dtype=np.int32)
     lowest = np.full(len(weight), -CODE_LIMIT, dtype=np.int32)
     return nearest(weight, wide_enough(weight, lowest, column), column)

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -88,7 +89,7 @@ class Journal:
             raise UsageError(f"{folder}: another process writes this run; wait for it, or give another --run.name.")
         self.shown = display() if rank == 0 else None
         self.environment: dict = {}
-        self.full = False
+        self.full = self.unread = False
 
     def __enter__(self) -> Journal:
         return self
@@ -100,7 +101,7 @@ class Journal:
             if error is not None:  # which is said where it is caught
                 self.log({"event": "failed", "error": f"{type(error).__name__}: {error}"[:2000]})
             self.file.close()
-        self.shown.close()
+        self.show(self.shown.close)
 
     def write(self, row: dict) -> None:
         """Log a row, and show it."""
@@ -109,7 +110,17 @@ class Journal:
         if row["event"] == "start":
             self.environment = row["environment"]
         self.log(row)
-        self.shown.take(row)
+        self.show(lambda: self.shown.take(row))
+
+    def show(self, picture: Callable[[], None]) -> None:
+        """Show something, as long as anybody reads."""
+        if self.unread:
+            return
+        try:
+            picture()
+        except OSError:  # as by a pipe into head: the run goes on
+            self.unread = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def log(self, row: dict) -> None:
         """Log a row."""
@@ -124,6 +135,6 @@ class Journal:
     def close_with(self, record: object) -> None:
         """Log the finished record and print its closing block."""
         self.write({"event": "record", **record.as_dict()})
-        self.shown.close()
-        for key, value in record.closing().items():
-            print(f"{key}: {value}")
+        self.show(self.shown.close)
+        block = "\n".join(f"{key}: {value}" for key, value in record.closing().items())
+        self.show(lambda: print(block, flush=True))

@@ -101,7 +101,8 @@ class Referee:
         self.slots = max(1, (BUFFER_BYTES // (4 * vocab) if self.full else SCORED_TOKENS) // context)
         self.ledger = Ledger(self.tokens.size)
         self.documents = np.cumsum(self.tokens == validation.tokenizer.bos, dtype=np.int32)
-        self.committed = 0
+        self.committed = 0  # tokens before which every target's score stands
+        self.waiting: list[Row] = []  # rows that are asked for, from the first that is not committed on
         self.flip_nats: list[float] = []
         self.compared = self.identical = self.distributions = 0
         self.worst = 0.0
@@ -215,6 +216,7 @@ class Referee:
     def score_rows(self, rows: list[Row], flips: dict[Row, int]) -> None:
         """Ask for rows and commit them; blind copies first, unless no check wants them."""
         before: dict[Row, Shown] = {}
+        self.waiting = rows[::-1]
         if {1, 2} <= self.sheet.off:
             flips = {}
         for batch in deal(rows, flips, self.slots, self.rng):
@@ -235,7 +237,8 @@ class Referee:
         if not np.isfinite(scores).all() or scores.max() > SUMS_TO_ONE:
             raise Invalid("the scorer gave a log-probability that is not finite or above 0", 3)
         self.ledger.commit(row, scores)
-        self.committed = max(self.committed, row.start)
+        while self.waiting and not np.isnan(self.ledger.scores[self.waiting[-1].new.start]):
+            self.committed = self.waiting.pop().new.stop
         self.tell(self.ledger.count)
 
     def compare(self, row: Row, shown: Shown, scores: np.ndarray, whole: np.ndarray | None) -> None:
@@ -255,6 +258,28 @@ class Referee:
         self.identical += far == 0
         self.worst = max(self.worst, float(far))
         self.sheet.see(number, far <= SAME[self.submission.content_shapes], f"{what} by {far:.2e} nats")
+
+    def ask_unseen(self, rows: list[Row], fresh: Contender) -> None:
+        """Rows shown without what follows to a process that never saw it: it must give the targets before the flip, and
+        the one that is hidden first, what was committed. A scorer that offers score() is asked for distributions: the
+        numbers it gives with the targets before its eyes must be in them."""
+        check = (1, 2) if self.full else (4, 4)
+        slots = max(1, BUFFER_BYTES // (4 * fresh.vocab * self.submission.context))
+        agree = AGREE[self.submission.precision]
+        for at in range(0, len(rows), slots):
+            batch = [Asked(row, self.flip_of(row)) for row in rows[at : at + slots]]
+            shown = np.stack([self.inputs(asked) for asked in batch])
+            given = fresh.logprobs(shown[:, :-1])
+            chosen = self.chosen(given, shown)
+            for n, asked in enumerate(batch):
+                row, flip = asked.row, asked.flip
+                known = self.ledger.scores[row.new]
+                far = np.abs(chosen[n, row.first : flip] - known[: flip - row.first]).max(initial=0.0)
+                self.sheet.see(check[0], far <= agree, f"a process that never saw the rest gives targets in row "
+                                                       f"{row.start} other scores, by {far:.2e} nats")  # fmt: skip
+                off = abs(float(given[n, flip, self.tokens[row.start + flip + 1]] - known[flip - row.first]))
+                self.sheet.see(check[1], off <= agree, f"a process that never saw the target at the flip of row "
+                                                       f"{row.start} scores it {off:.2e} nats off")  # fmt: skip
 
     def look_again(self, rows: list[Row], repeat: bool) -> None:
         """After the commit: rows in full where only numbers were given, and a row asked for a second time."""

@@ -71,7 +71,7 @@ class KeptScores:
     def stand(self, referee: Referee, limits: Limits, stretches: int, rows: list[Row]) -> None:
         """The scores of so many stretches stand; of `rows` the first and the last are of those that did not yet."""
         part = slice(rows[0].new.start, rows[-1].new.stop)
-        with open(self.scores, "ab") as file:
+        with open(self.scores, "ab" if self.state else "wb") as file:
             file.write(referee.ledger.scores[part].astype("<f4").tobytes())
             file.flush()
             os.fsync(file.fileno())
@@ -92,7 +92,8 @@ class KeptScores:
         """Targets that stand."""
         return self.state.get("count", 0)
 
-    def clear(self) -> None:
-        """Delete both files, of a scoring that has ended."""
-        self.path.unlink(missing_ok=True)
-        self.scores.unlink(missing_ok=True)
+    @staticmethod
+    def clear(path: Path) -> None:
+        """Delete both files, of a scoring whose verdict is out."""
+        path.unlink(missing_ok=True)
+        path.with_name(path.name + ".f32").unlink(missing_ok=True)

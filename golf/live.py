@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 from golf.config import shape_from_dict
+from golf.console import printable
 from golf.errors import UsageError
 from golf.log_file import is_locked, parsed
 
@@ -135,8 +137,8 @@ class Lines:
 
     def take(self, row: dict) -> None:
         self.state.take(row)
-        if line := told(self.state, row):
-            print(line, flush=True)
+        for line in (told(self.state, row) or "").splitlines():
+            print(printable(line), flush=True)
 
     def close(self) -> None:
         pass
@@ -163,8 +165,8 @@ class Panel:
             return
         if row.get("event") == "trained":
             self.live.update("", refresh=True)
-        if line := told(self.state, row):
-            self.console.print(line, markup=False, soft_wrap=True)
+        for line in (told(self.state, row) or "").splitlines():
+            self.console.print(printable(line), markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self.live.stop()
@@ -223,7 +225,8 @@ def watch(folder: Path) -> int:
                 rest += file.read()
                 *lines, rest = rest.split(b"\n")
                 for row in filter(None, map(parsed, lines)):
-                    shown.take(row)
+                    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
+                        shown.take(row)  # a row that was written by hand may lack anything
                     if row.get("event") == "record":
                         shown.close()
                         print(f"{row.get('status')}: val_bpb {row.get('val_bpb')}, {row.get('bytes_total', 0):,} bytes")

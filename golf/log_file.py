@@ -15,6 +15,10 @@ except ImportError:  # Windows
     fcntl = None
 
 
+NUMBERS = ("loss", "elapsed", "ms", "progress", "loops", "tokens", "limit")  # of a step
+PARTS = ("shape", "recipe", "pack", "scoring", "run")
+
+
 def lock(file: TextIO) -> bool:
     """Take a file for this process until it ends; False when another has it. Systems without such locks always do."""
     for _ in range(5):  # a reader that looks whether the file is taken holds it for a moment
@@ -56,9 +60,14 @@ def read_log(path: Path) -> list[dict]:
 
 
 def parsed(line: bytes | str) -> dict:
-    """A log's line as an object; an empty one where it is none."""
+    """A log's line as an object; an empty one where it is none, or where what readers count with is no number."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return {}
-    return row if isinstance(row, dict) else {}
+    if not isinstance(row, dict):
+        return {}
+    config = row.get("config", {})
+    counted = type(row.get("step", 0)) is int and all(type(row.get(k, 0)) in (int, float) for k in NUMBERS)
+    plain = isinstance(config, dict) and all(isinstance(config.get(part, {}), dict) for part in PARTS)
+    return row if counted and plain else {}

@@ -52,6 +52,14 @@ class Machine:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.item()
 
+    def from_rank_0(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        if self.world == 1:
+            return text
+        said = [text]
+        dist.broadcast_object_list(said, device=self.device)
+        return said[0]
+
     def total(self, values: list[float]) -> list[float]:
         """Sums over all ranks."""
         if self.world == 1:

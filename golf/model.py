@@ -17,7 +17,7 @@ from golf.shape import BOS, GATE_CHANNELS, Shape
 
 @dataclass(frozen=True)
 class Role:
-    """What a parameter is: who updates it and how it starts; golf.config says how the artifact stores it."""
+    """What a parameter is: who updates it and how it starts; golf.shape says how the artifact stores it."""
 
     optimizer: str  # muon | embed | scalar
     init: str  # fan_in | zero | one | mix | gain | embed | lanes | exits
@@ -127,7 +127,7 @@ class RecurrentGPT(nn.Module):
         return self
 
     def rotary(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of the position angles, (T, head / 2) each, computed once for each length."""
+        """cos and sin of the position angles, (T, rotary_channels / 2) each, computed once for each length."""
         key = (length, device, dtype)
         if key not in self.angles:
             half = self.shape.rotary_channels // 2

@@ -35,7 +35,7 @@ class GridNoise:
         with torch.no_grad():
             exact = [p.clone() for p in self.matrices]
             for p in self.matrices:
-                step = self.step * p.std(dim=1, keepdim=True)
+                step = (self.step * p.std(dim=1, keepdim=True)).clamp_min(1e-12)  # of rows that start at zero
                 if self.recipe.grid_noise == "uniform":
                     p.add_((torch.rand(p.shape, device=p.device, generator=self.generator) - 0.5) * step)
                 else:

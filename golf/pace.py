@@ -100,12 +100,12 @@ def steps_in_cap(config: Config, rates: Rates) -> int:
 
 
 def activations(config: Config, ranks: int) -> tuple[int, int]:
-    """Bytes of the layers' activations in a micro-batch, and its logits."""
+    """Bytes of the layers' activations in a micro-batch, and how many logits it has."""
     shape, recipe = config.shape, config.recipe
     rows = config.run.micro_rows or recipe.batch_tokens // recipe.sequence_length // ranks
     tokens = rows * recipe.sequence_length
-    half = 4 if config.run.dtype == "float32" else 2
-    layer = half * (9 * shape.width + 3 * shape.kv_width + 2 * shape.mlp_width)
+    each = 4 if config.run.dtype == "float32" else 2  # bytes of a number
+    layer = each * (9 * shape.width + 3 * shape.kv_width + 2 * shape.mlp_width)
     layers, ends = layers_and_ends(config)
     return tokens * layers * layer, ends * tokens * shape.vocab_size
 

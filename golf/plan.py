@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from golf import pace
 from golf.config import Config
 from golf.errors import UsageError
 from golf.presets import PRESETS, parse_command_line
+from golf.recipe import Recipe
 
 EQUAL = ("time", "pace", "steps", "flops", "bytes")
 
@@ -95,6 +98,24 @@ def budget_flags(plan: Plan, variant: str, config: Config) -> list[str]:
     if plan.equal == "steps":
         return ["--run.max-steps", f"{plan.amount:.0f}"]
     return ["--run.max-steps", str(max(1, round(plan.amount / average_step_flops(config))))]
+
+
+# What of a recipe leaves the work of a step of some length and number of passes as it is.
+IDLE = (
+    "loader", "short_length", "short_until", "loops_from", "matrix_rate", "embed_rate", "scalar_rate", "shared_rate",
+    "momentum", "momentum_start", "momentum_warmup", "matrix_decay", "embed_decay", "decay_taper", "warmdown",
+    "rate_floor", "adam_beta1", "adam_beta2", "adam_epsilon", "embed_std", "qk_gain", "matrix_init",
+    "noise_from", "noise_step", "halt_penalty", "halt_warmup", "target_depth", "prior_weight", "prior_hazard",
+    "gate_bias",
+)  # fmt: skip
+
+
+def work_of(config: Config) -> str:
+    """What a step computes, whatever its length and number of passes, as a short hash: alike where paces are."""
+    usual = Recipe()
+    recipe = replace(config.recipe, **{key: getattr(usual, key) for key in IDLE})
+    told = json.dumps([asdict(config.shape), asdict(recipe), config.run.dtype, config.run.compile])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def average_step_flops(config: Config) -> float:

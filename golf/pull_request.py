@@ -81,8 +81,8 @@ def submit(runs: list[Path], about: About, root: Path, against: list[Path]) -> P
     comparison = None
     if against:
         ours, theirs = run_list.sides(runs, against, mixed=False)
-        comparison = stats.compare(*([getattr(r, key) for r in side] for side in (ours, theirs)
-                                     for key in ("val_loss", "val_bpb")))  # fmt: skip
+        nats, their_nats, _ = run_list.losses(ours, theirs)
+        comparison = stats.compare(nats, [r.val_bpb for r in ours], their_nats, [r.val_bpb for r in theirs])
     track = found[0].track
     place = root / TRACK_FOLDERS.get(track, f"track_{track}")
     date = time.strftime("%Y-%m-%d")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -95,6 +95,11 @@ def prepare(weight: np.ndarray, sensitivity: Sensitivity | None, pack: Pack) -> 
     return Prepared(order, spread, column, scale, cost, note)
 
 
+def walked(name: str, pack: Pack) -> bool:
+    """Whether a tensor's columns are rounded by the trellis's walks."""
+    return pack.rounding == "feedback" and pack.quantizer == "trellis" and tensor_class(name) != "embed"
+
+
 def rounded(
     weights: dict[str, np.ndarray], ready: dict[str, Prepared], steps: dict[str, float], pack: Pack
 ) -> dict[str, Grid]:  # fmt: skip
@@ -106,8 +111,7 @@ def rounded(
         if pack.rounding == "nearest":
             grids[name] = nearest(weight, row, ready[name].column)
         else:
-            walks = pack.quantizer == "trellis" and tensor_class(name) != "embed"
-            alike.setdefault((weight.shape, walks), []).append((name, row))
+            alike.setdefault((weight.shape, walked(name, pack)), []).append((name, row))
     for (_, walks), members in alike.items():
         names, rows = zip(*members, strict=True)
         chosen, plans = [weights[n] for n in names], [ready[n] for n in names]
@@ -187,16 +191,16 @@ def quantize(
     free = {n: w for n, w in matrices.items() if n not in fixed}
     check_sensitivities(free, sensitivities)
     ready = {n: prepare(w, sensitivities[n] if sensitivities else None, pack) for n, w in free.items()}
+    ready = {n: replace(r, cost=TRELLIS_ERROR * r.cost) if walked(n, pack) else r for n, r in ready.items()}
     relative = relative_steps(free, ready, pack, bool(sensitivities))
 
     def at(steps: dict[str, float]) -> tuple[bytes, dict[str, float]]:
         return encode(fixed | rounded(free, ready, steps, pack)), steps
 
     data, steps = at(relative) if pack.matrix_step else find_factor(at, free, ready, relative, target_bytes)
-    share = TRELLIS_ERROR if pack.quantizer == "trellis" and pack.rounding == "feedback" else 1.0
     report = {
         "bytes": len(data),
-        "predicted_loss": share * sum(ready[n].cost * steps[n] ** 2 for n in free) if sensitivities else None,
+        "predicted_loss": sum(ready[n].cost * steps[n] ** 2 for n in free) if sensitivities else None,
         "bits": {n: round(symbol_bits(free[n], ready[n], steps[n]), 3) for n in free},
         "notes": [f"{n}: {r.note}" for n, r in ready.items() if r.note],
     }
@@ -260,7 +264,10 @@ def symbol_bits(weight: np.ndarray, ready: Prepared, step: float) -> float:
     return float(gaussian_bits(steps).mean())
 
 
-def find_factor(at: Callable, free: dict[str, np.ndarray], ready: dict[str, Prepared], relative: dict, target: int):
+def find_factor(
+    at: Callable[[dict[str, float]], tuple[bytes, dict[str, float]]], free: dict[str, np.ndarray],
+    ready: dict[str, Prepared], relative: dict[str, float], target: int,
+) -> tuple[bytes, dict[str, float]]:  # fmt: skip
     """(artifact, steps) nearest below `target` bytes, by the size of real artifacts. Raises UsageError if none is."""
 
     def steps_at(log: float) -> dict[str, float]:
@@ -286,7 +293,7 @@ def find_factor(at: Callable, free: dict[str, np.ndarray], ready: dict[str, Prep
             )
         else:
             many = log
-        moving = sum(w.size for n, w in free.items() if bounded(steps[n], w, ready[n]) == steps[n])
+        moving = sum(w.size for n, w in free.items() if steps[n] == 2.0**log * relative[n])  # the rest is at a bound
         log += 8 * (len(data) - target * (1 - NEAR_TARGET / 2)) / max(moving, 1)
         if few is not None and many is not None and not many < log < few:
             log = (few + many) / 2

@@ -12,6 +12,8 @@ from golf.rows import Asked, Row, chunks
 
 RELOAD = 1e-6  # relative, between the recorded score and a fresh process's
 FRESH_ROWS, AT_A_TIME = 12, 4
+UNSEEN_ROWS = 64  # shown without what follows: of a scorer that looks ahead in a tenth of the rows one in 850 gets by
+LATER_SHARE = 0.5  # of the probes' seconds, that learning again up to a later stretch may take
 
 
 def fresh_process(referee: Referee, folder: Path, limits: Limits, hidden: Path | None) -> str:
@@ -31,22 +33,14 @@ def fresh_process(referee: Referee, folder: Path, limits: Limits, hidden: Path |
         usual = max(r.length for r in sample)
         rows = [r for r in sample if r.length == usual]
         slots = min(referee.slots, len(rows))
-        picked = [rows[int(n)] for n in rng.permutation(len(rows))[: max(1, min(FRESH_ROWS, len(rows)))]]
+        unseen = [rows[int(n)] for n in rng.permutation(len(rows))[:UNSEEN_ROWS]]
+        picked = unseen[:FRESH_ROWS]
         if submission.adapts:
             fresh.reset()
         precise = SAME[submission.content_shapes]
         size = min(AT_A_TIME, slots)
         groups = [picked[at : at + size] for at in range(0, len(picked), size)]
-        for group in groups:  # first without what follows, which this process has never seen
-            blind = [Asked(row, referee.flip_of(row)) for row in group]
-            scores, _ = referee.ask(fill(referee, rows, slots, blind), fresh)
-            for n, (row, asked) in enumerate(zip(group, blind, strict=True)):
-                known = ledger.scores[row.new][: asked.flip - row.first]
-                far = np.abs(scores[n, row.first : asked.flip] - known).max(initial=0.0)
-                agree = AGREE[submission.precision] if far > precise else precise
-                sheet.see(
-                    1, far <= agree, f"a process that never saw the rest scores row {row.start} {far:.2e} nats off"
-                )
+        referee.ask_unseen(unseen, fresh)  # first: nothing of these rows but their beginnings has been shown here
         nats = recorded = worst = 0.0
         for group in groups:
             scores, _ = referee.ask(fill(referee, rows, slots, [Asked(row) for row in group]), fresh)
@@ -128,7 +122,29 @@ def adapted_only_later(referee: Referee, fresh: Contender, stretches: list[list[
     again = difference(first)
     fresh.adapt(referee.tokens[part].astype(np.int64), referee.documents[part])
     same = difference(later)
+    later_unseen(referee, fresh, stretches)
     sheet.see(5, before <= limit, f"the first rows score {before:.1e} nats off in a fresh process")
     sheet.see(5, again <= limit, f"after reset() the first rows score {again:.1e} nats off")
     sheet.see(16, same <= limit, f"adapted again in a fresh process, later rows score {same:.1e} nats off")
     sheet.note(5, f"adapting to other tokens moves later scores by up to {moved:.2f} nats and no earlier one")
+
+
+def later_unseen(referee: Referee, fresh: Contender, stretches: list[list[Row]]) -> None:
+    """A scorer that has learned again up to a stretch drawn at random, asked for rows there that it never saw: one may
+    be honest at first and look ahead later. Not where learning so far would take more than its share of the probes'
+    time."""
+    limits = referee.contender.limits
+    left = LATER_SHARE * (limits.probe_seconds - limits.probing)
+    reach = min(1.0, left / max(limits.scoring, 1e-9))
+    last = int(reach * (len(stretches) - 1))
+    if last < 2:  # the first two it has been shown
+        return
+    number = int(referee.rng.integers(2, last + 1))
+    fresh.reset()
+    for rows in stretches[:number]:
+        part = slice(rows[0].new.start, rows[-1].new.stop)
+        fresh.adapt(referee.tokens[part].astype(np.int64), referee.documents[part].astype(np.int64))
+    usual = max(r.length for r in stretches[number])
+    rows = [r for r in stretches[number] if r.length == usual]
+    referee.ask_unseen([rows[int(n)] for n in referee.rng.permutation(len(rows))[:UNSEEN_ROWS]], fresh)
+    referee.sheet.note(1, f"asked blind in a fresh process that had learned {number} of {len(stretches)} stretches")

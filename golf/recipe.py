@@ -1,5 +1,5 @@
 """What a run is besides its Shape: Recipe (changes weights), Pack (weights to bytes), Scoring (how the packed model is
-asked), Run (changes nothing). No torch here."""
+asked), Run (where, how long and from which seed; not part of the fingerprint). No torch here."""
 
 from __future__ import annotations
 

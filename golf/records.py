@@ -21,7 +21,7 @@ from golf.data import Corpus
 from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.folders import sizes
-from golf.log_file import read_log
+from golf.log_file import PARTS, read_log
 from golf.pace import step_flops
 from golf.recipe import Pack, Recipe, Run, Scoring
 from golf.shape import Shape
@@ -106,7 +106,8 @@ class Record:
         told = self.extra.get("seed_results")
         mine = told.get(str(self.seed)) if isinstance(told, dict) else None
         score = mine.get("val_bpb") if isinstance(mine, dict) else None
-        return float(score) if type(score) in (int, float) and math.isfinite(score) else self.val_bpb
+        fits = type(score) in (int, float) and abs(score) < 1 << 63  # also no nan
+        return float(score) if fits else self.val_bpb
 
     def as_dict(self) -> dict:
         """The JSON object, strangers' keys after ours."""
@@ -136,6 +137,8 @@ def check_types(values: dict, where: str) -> None:
         plain = tuple(float if t is float else t for t in allowed)
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{where}: {key} is {value}, not a number.")
+        if type(value) is int and abs(value) >= 1 << 63:
+            raise UsageError(f"{where}: {key} has more digits than any number here.")
         fits = any(
             (value is None) if t is NoneType else type(value) in (int, float) if t is float else type(value) is t
             for t in plain
@@ -154,6 +157,8 @@ def from_dict(values: object, where: str) -> Record:
     if ours.get("track") in CONTEST_TRACKS:
         ours["track"] = "contest"
     check_types(ours, where)
+    if odd := [k for k, v in ours.get("config", {}).items() if k in PARTS and not isinstance(v, dict)]:
+        raise UsageError(f"{where}: config.{odd[0]} is not an object.")
     if ours.get("schema", SCHEMA) > SCHEMA:
         raise UsageError(f"{where} has schema {ours['schema']}, this program reads up to {SCHEMA}.")
     return Record(**ours, extra={k: v for k, v in values.items() if k not in known})

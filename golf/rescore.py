@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,5 +45,7 @@ def rescored(
         content_shapes=scoring.exit != "none", headroom=record.cap - measured.total,
         config=record.config | {"scoring": asdict(scoring)},
     )  # fmt: skip
+    with contextlib.suppress(UsageError):  # a stranger's record has no configuration of ours
+        new = replace(new, fingerprint=records.config_of(new).fingerprint)
     records.write(target, new)
     return new

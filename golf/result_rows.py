@@ -41,7 +41,10 @@ def add_row(path: Path, row: dict) -> None:
 
 
 def bpb_of(row: dict) -> float | None:
-    """The score that counts: of the artifact, else of the weights and what packing costs at the full loop count."""
+    """The score that counts: of the artifact, else of the weights and what packing costs at the full loop count. None
+    for a run that crashed, was interrupted or is invalid."""
+    if row.get("status", "complete") != "complete":
+        return None
     if row.get("val_bpb") is not None:
         return row["val_bpb"]
     if row.get("unpacked_val_bpb") is None:

@@ -163,11 +163,12 @@ class Keeper:
         step = loop.result.steps
         if not self.every or not step:
             return
+        numbers = loop.numbers()  # before the clock is stopped, so that what follows is on none
         with loop.clock.paused():
             tensors = {name: t.detach().cpu().contiguous() for name, t in loop.tensors().items()}
             if self.machine.rank:
                 return
-            metadata = {"state": json.dumps({**self.about, "loop": loop.numbers()})}
+            metadata = {"state": json.dumps({**self.about, "loop": numbers})}
             try:
                 self.folder.mkdir(exist_ok=True)
                 write_bytes(self.folder / f"{step:09d}.safetensors", save(tensors, metadata=metadata))

@@ -8,18 +8,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from golf import records
 from golf.config import TRACKS
-from golf.contender import SANDBOX, installation, why_not_isolated
+from golf.console import printable
+from golf.contender import LEAST_FREE, LOOK_EVERY, SANDBOX, installation, why_not_isolated
 from golf.data import Corpus, write_shard
 from golf.errors import UsageError
 from golf.files import write_bytes
 
+LAST_WORDS = 4096  # bytes
 CLOSE = 0.01  # relative, between the recorded score and that of the weights trained again
 
 
@@ -29,8 +34,6 @@ def without_validation(corpus: Corpus, target: Path) -> None:
 
     target.mkdir()
     shards = corpus.shards("train")
-    if not shards:
-        raise UsageError(f"{corpus.folder} has no training shards to train on again, give --data with them.")
     for name in corpus.files["train"]:
         os.symlink((corpus.folder / name).resolve(), target / name)
     shutil.copyfile(corpus.tokenizer, target / "tokenizer.model")
@@ -43,14 +46,54 @@ def without_validation(corpus: Corpus, target: Path) -> None:
     write_bytes(target / "manifest.json", json.dumps(manifest).encode())
 
 
-def retrain(folder: Path, data: Path, verdict: dict, judge: Callable[[Path, Path], dict]) -> str:
-    """Run the folder's train_gpt.py in isolation on data without the validation text, judge what it makes, and say how
-    far its score is from the folder's. Raises UsageError where the system or the folder does not allow it."""
-    record = records.read(folder)
+def require(folder: Path, data: Path) -> None:
+    """Raise UsageError where the system, the folder or the data do not allow it."""
     if why_not_isolated():
         raise UsageError(f"--retrain: this system cannot hide the validation text ({why_not_isolated()}).")
     if not (folder / "train_gpt.py").is_file() or not data.is_dir():
         raise UsageError(f"--retrain: {folder} has no train_gpt.py, or --data {data} is no prepared folder.")
+    corpus = Corpus(data, "--data")
+    if corpus.fingerprint.startswith("python"):
+        raise UsageError(f"--retrain: the text of {data} is Python's own library, which no process can do without.")
+    if not corpus.shards("train"):
+        raise UsageError(f"{data} has no training shards to train on again, give --data with them.")
+
+
+def watched(command: list[str], environment: dict, output: int, limit: float) -> tuple[int | None, str]:
+    """Run a command that is not trusted: its exit code and last words; None and why where it was stopped, for time or
+    for the machine's memory."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment,
+        pass_fds=(output,),
+    )  # fmt: skip
+    tail = b""
+
+    def listen() -> None:
+        nonlocal tail
+        while part := process.stderr.read1(1 << 16):
+            tail = (tail + part)[-LAST_WORDS:]
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    end, why = time.monotonic() + limit, ""
+    while process.poll() is None and not why:
+        time.sleep(LOOK_EVERY)
+        machine = psutil.virtual_memory()
+        if time.monotonic() > end:
+            why = f"the training did not end within {limit:g} s"
+        elif machine.available < LEAST_FREE * machine.total:
+            why = f"the training was stopped: {machine.available / 1e6:,.0f} MB of the machine's memory were left"
+    process.kill()
+    process.wait()
+    listener.join(timeout=10)
+    last = (tail.decode(errors="replace").strip().splitlines() or ["no word"])[-1][:200]
+    return (None, why) if why else (process.returncode, printable(last))
+
+
+def retrain(folder: Path, data: Path, verdict: dict, judge: Callable[[Path, Path], dict]) -> str:
+    """Run the folder's train_gpt.py in isolation on data without the validation text, judge what it makes, and say how
+    far its score is from the folder's. For what `require` allows."""
+    record = records.read(folder)
     if verdict.get("val_bpb") is None:
         return "not run: the folder has no score"
     with tempfile.TemporaryDirectory(prefix="golf-", ignore_cleanup_errors=True) as place:
@@ -80,21 +123,17 @@ def retrain(folder: Path, data: Path, verdict: dict, judge: Callable[[Path, Path
             "MODEL_PATH": "/tmp/model.bin", "SEED": str(record.seed),
         }  # fmt: skip
         limit = 4 * min(TRACKS[record.track].train_seconds, max(600.0, record.train_seconds)) + 600
-        try:
-            done = subprocess.run(
-                [*python, str(SANDBOX), spec, *python, "-c", run], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE, env=environment, pass_fds=(output,), timeout=limit, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return f"failed: the training did not end within {limit:g} s"
+        command = [*python, str(SANDBOX), spec, *python, "-c", run]
+        ended, said = watched(command, environment, output, limit)
+        if ended is None:
+            return f"failed: {said}"
         copy = here / "again"
         shutil.copytree(folder, copy)
         with os.fdopen(output, "rb") as stream:
             stream.seek(0)
             (copy / "model.bin").write_bytes(stream.read())
-        if done.returncode or not (copy / "model.bin").stat().st_size:
-            last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no word"])[-1]
-            return f"failed: the training ended with exit code {done.returncode} ({last[:200]})"
+        if ended or not (copy / "model.bin").stat().st_size:
+            return f"failed: the training ended with exit code {ended} ({said})"
         again = judge(copy, data)
     if again.get("val_bpb") is None:
         return f"failed: {again['invalid']}"

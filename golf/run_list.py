@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from golf import records
+from golf.config import TRACKS
 from golf.errors import UsageError
 from golf.log_file import is_locked, parsed
 from golf.records import Record
@@ -119,7 +121,7 @@ def sides(ours: list[Path], theirs: list[Path], mixed: bool) -> tuple[list[Recor
     """The records of runs that are to be compared, each side of one configuration.
 
     Raises UsageError for a run without a score, a seed that stands twice, a side of several configurations, and, unless
-    `mixed`, for different corpora, tokenizers' tracks or caps.
+    `mixed`, for different corpora, tracks, caps or amounts of training.
     """
     found = []
     for side in (ours, theirs):
@@ -128,18 +130,38 @@ def sides(ours: list[Path], theirs: list[Path], mixed: bool) -> tuple[list[Recor
             if record.val_bpb is None or record.val_loss is None or record.status != "complete":
                 raise UsageError(f"{folder}: it has no valid score ({record.status}), leave it out.")
         seeds = [r.seed for r in read]
-        if twice := next((s for s in seeds if seeds.count(s) > 1), None):
+        if (twice := next((s for s in seeds if seeds.count(s) > 1), None)) is not None:
             raise UsageError(f"{side[0]}: seed {twice} stands twice on one side, give each seed once.")
         prints = {r.fingerprint for r in read}
         if len(prints) > 1:
             raise UsageError(f"{side[0]}: the runs of one side have {len(prints)} configurations, give runs of one.")
         found.append(read)
-    for name in ("corpus_fingerprint", "track", "cap"):
-        values = {getattr(r, name) for side in found for r in side}
+    asked = {
+        "corpus_fingerprint": lambda r: r.corpus_fingerprint, "track": lambda r: r.track, "cap": lambda r: r.cap,
+        "seconds of training": training_seconds,
+        "--run.max-steps": lambda r: r.config.get("run", {}).get("max_steps", 0),
+    }  # fmt: skip
+    for name, get in asked.items():
+        values = {get(r) for side in found for r in side}
         if len(values) > 1 and not mixed:
             told = ", ".join(sorted(map(str, values)))
             raise UsageError(f"The runs differ in {name} ({told}), give --mixed to compare them all the same.")
     return found[0], found[1]
+
+
+def training_seconds(record: Record) -> float:
+    """What a run's clock allowed; the track's own where nothing else is said."""
+    own = record.config.get("run", {}).get("cap", 0)
+    return own or (TRACKS[record.track].train_seconds if record.track in TRACKS else 0)
+
+
+def losses(ours: list[Record], theirs: list[Record]) -> tuple[list[float], list[float], bool]:
+    """Nats a token of both sides, and whether they are the records' own: where tokenizers differ a token is not the
+    same thing, and each score in bits a byte is told in nats a token of theirs."""
+    if len({r.tokenizer_sha256 for r in (*ours, *theirs)}) == 1:
+        return [r.val_loss for r in ours], [r.val_loss for r in theirs], True
+    each = statistics.mean(r.val_loss / r.val_bpb for r in theirs)
+    return [r.val_bpb * each for r in ours], [r.val_bpb * each for r in theirs], False
 
 
 def others(named: list[Path], fingerprints: set[str]) -> list[Started]:
@@ -149,5 +171,16 @@ def others(named: list[Path], fingerprints: set[str]) -> list[Started]:
         run
         for runs in sorted({path.parent for path in known})
         for run in started(runs)
-        if run.folder.resolve() not in known and run.record and run.record.fingerprint in fingerprints
+        if run.folder.resolve() not in known and fingerprint_of(run) in fingerprints
     ]
+
+
+def fingerprint_of(run: Started) -> str:
+    """A run's configuration; of one that left no record as its log begins."""
+    if run.record:
+        return run.record.fingerprint
+    log = run.folder / "log.jsonl"
+    if not log.exists():
+        return ""
+    with open(log, "rb") as file:
+        return str(parsed(file.readline()).get("fingerprint", ""))

@@ -1,7 +1,7 @@
 """Starts a command that sees nothing but what it is given. Run as a script with python -I; imports nothing of ours.
 
     python -I sandbox.py SPEC COMMAND...        SPEC is JSON: {"binds": [[from, to]], "root": empty folder, "tmp_mb": N}
-    python -I sandbox.py --try                  exit code 0 where the system allows it
+    python -I sandbox.py --try SPEC             exit code 0 where the system allows it
 
 The command runs in user, mount, process, network and interprocess namespaces of its own, as a user without rights, in a
 root that holds the bound paths, read-only, a private /tmp, and /proc and /dev of its own. It cannot see, signal or
@@ -19,6 +19,10 @@ import tempfile
 
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 READ_ONLY, NO_SUID, NO_DEVICES, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+FLAGS = (  # a mount's as statvfs(3) tells them, and as mount(2) wants them
+    (os.ST_NOSUID, 2), (os.ST_NODEV, 4), (os.ST_NOEXEC, 8), (os.ST_NOATIME, 1 << 10), (os.ST_NODIRATIME, 1 << 11),
+    (os.ST_RELATIME, 1 << 21),
+)  # fmt: skip
 DIE_WITH_PARENT, NO_NEW_RIGHTS = 1, 38  # prctl
 DEVICES = ("null", "zero", "full", "random", "urandom")
 INSIDE_USER = 1000
@@ -56,6 +60,19 @@ def separate():
     mount(None, "/", None, RECURSIVE | PRIVATE)
 
 
+def locked(path):
+    """Flags of the mount that holds a path, which a user without rights may add to but not take away."""
+    found = os.statvfs(path).f_flag
+    return sum(to for of, to in FLAGS if found & of)
+
+
+def mounts_below(path):
+    """Where mounts lie at or below a path, the path itself first."""
+    with open("/proc/self/mountinfo") as file:
+        places = [line.split()[4].encode().decode("unicode_escape") for line in file]
+    return [path, *(place for place in places if place.startswith(path + "/"))]
+
+
 def build_root(root, binds, tmp_mb):
     """A new root in memory: bound paths read-only, devices, and places to write that are private and bounded."""
     mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEVICES, "size=16m,mode=755")
@@ -74,7 +91,8 @@ def build_root(root, binds, tmp_mb):
             os.makedirs(os.path.dirname(goal), exist_ok=True)
             open(goal, "w").close()
         mount(source, goal, None, BIND | RECURSIVE)
-        mount(None, goal, None, BIND | REMOUNT | READ_ONLY | NO_SUID)
+        for place in mounts_below(os.path.realpath(goal)):
+            mount(None, place, None, BIND | REMOUNT | READ_ONLY | NO_SUID | locked(place))
     accelerators = [n for n in os.listdir("/dev") if n.startswith(("nvidia", "dri", "kfd"))]
     for name in (*DEVICES, *accelerators):
         if os.path.isdir(f"/dev/{name}"):
@@ -130,13 +148,13 @@ def run(spec, command):
 
 
 def main():
-    if sys.argv[1:] == ["--try"]:
+    if sys.argv[1:2] == ["--try"]:
         with tempfile.TemporaryDirectory() as root:
             child = os.fork()
             if not child:
                 try:
                     separate()
-                    build_root(root, [], 1)
+                    build_root(root, json.loads(sys.argv[2])["binds"], 1)
                 except (OSError, AttributeError) as error:
                     print(error)
                     os._exit(REFUSED)

@@ -10,6 +10,11 @@ from golf import records
 from golf.config import TRACKS, Track
 from golf.errors import UsageError
 
+PUBLISHED_TOKENIZERS = {  # sha256 of models that are public, so that nothing can hide in them
+    "4f5e8adb109c66b4886963bc75a7befd73bda36d27fd7102df8e9e66503b0e2a": "fineweb_1024_bpe",
+    "0518df93315eaff6bc75ad4d9711b01c1b5e9ac32e8b3da603c040d8653f7f03": "fineweb_8192_bpe",
+    "97754754561f20def5edd99765ca0668f880bd94e67316d54aa10ab25f45cc4d": "fineweb_8192_bpe_caseops",
+}
 KINDS, TRANSFORMS, PRECISIONS = ("sentencepiece", "bytes"), ("none", "case"), ("float32", "bfloat16")
 LONGEST = 1 << 20  # tokens a row
 

@@ -16,8 +16,9 @@ from golf.machine import accumulate, compile_model, set_up, warm_up
 from golf.model import RecurrentGPT
 from golf.muon import Optimizers
 from golf.objective import Objective
+from golf.plan import work_of
 from golf.presets import PRESETS
-from golf.recipe import Recipe, Run, kinds_of_steps
+from golf.recipe import Run, kinds_of_steps
 
 
 class Stepper:
@@ -60,26 +61,14 @@ def step_time(config: Config, steps: int = 5) -> float:
     return sorted(stepper.step() for _ in range(steps))[steps // 2]
 
 
-# What of a recipe leaves the work of a step of some length and number of passes as it is.
-IDLE = (
-    "loader", "short_length", "short_until", "loops_from", "matrix_rate", "embed_rate", "scalar_rate", "shared_rate",
-    "momentum", "momentum_start", "momentum_warmup", "matrix_decay", "embed_decay", "decay_taper", "warmdown",
-    "rate_floor", "adam_beta1", "adam_beta2", "adam_epsilon", "embed_std", "qk_gain", "matrix_init",
-    "noise_from", "noise_step", "halt_penalty", "halt_warmup", "target_depth", "prior_weight", "prior_hazard",
-    "gate_bias",
-)  # fmt: skip
-
-
 def paces(configs: dict[str, Config], rounds: int = 25) -> dict[str, str]:
     """For each configuration what --run.pace says of it here: median milliseconds of each kind of step, all kinds of
     all configurations in turn, so that a machine that changes its pace hits them alike. Those that compute the same
     share one measurement."""
     torch._dynamo.reset()
-    usual = Recipe()
-    alike = {name: replace(c.recipe, **{key: getattr(usual, key) for key in IDLE}) for name, c in configs.items()}
-    keys = {name: (c.shape, alike[name], c.run.dtype, c.run.compile) for name, c in configs.items()}
-    steppers: dict[tuple, Stepper] = {}
-    kinds: dict[tuple, set[tuple[int, int]]] = {}
+    keys = {name: work_of(config) for name, config in configs.items()}
+    steppers: dict[str, Stepper] = {}
+    kinds: dict[str, set[tuple[int, int]]] = {}
     for name, config in configs.items():
         if keys[name] not in steppers:
             steppers[keys[name]] = Stepper(config)

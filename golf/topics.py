@@ -167,7 +167,7 @@ def adjusted(runs: list[Tokens], resampling: Resampling) -> list[Interval]:
     Runs share the coefficients; each draw weighs the documents' normal equations.
     """
     topics = len(runs[0].topics)
-    squares, products, means = [], [], []
+    squares, products = [], []
     for tokens in runs:
         x = covariates(tokens)
         center = x.mean(axis=0)
@@ -178,10 +178,9 @@ def adjusted(runs: list[Tokens], resampling: Resampling) -> list[Interval]:
         parts = [order[a:b] for a, b in itertools.pairwise(starts)]
         squares.append(np.stack([x[p].T @ x[p] for p in parts]))
         products.append(np.stack([x[p].T @ y[p] for p in parts]))
-        means.append(x[:, topics:].mean(axis=0))
     width = {s.shape[1] for s in squares}
     if len(width) > 1:
-        raise UsageError("The runs' tokens differ in their classes; give runs of one tokenizer.")
+        raise UsageError("The runs' tokens differ in their covariates; give runs of one tokenizer.")
     square, product = np.stack(squares), np.stack(products)  # (runs, documents, P, P), (runs, documents, P)
 
     def solve(weights: np.ndarray) -> np.ndarray:

@@ -17,7 +17,8 @@ from golf.bpb import ByteTable, decoded_bytes, documents
 from golf.contender import Invalid
 from golf.data import Corpus
 from golf.errors import UsageError
-from golf.submission import Submission, tokenizer_bytes
+from golf.submission import PUBLISHED_TOKENIZERS, Submission, tokenizer_bytes
+from golf.tokenizer_file import excess, lean
 
 BYTES_BOS = 256  # opens a document where tokens are bytes
 ENCODED_AGAIN = 20_000_000  # bytes of text up to which shards are decoded and encoded again
@@ -40,7 +41,8 @@ class ByteVocabulary:
 
 
 class Tokenizer:
-    """A declared tokenizer as the referee runs it."""
+    """A declared tokenizer as the referee runs it. Scorers get `shown`: the file itself where it is the data's own or
+    published, else its vocabulary alone; `excess` bytes of that are more than a vocabulary's, and count."""
 
     def __init__(self, submission: Submission, given: bytes):
         self.model = tokenizer_bytes(submission, given)
@@ -50,6 +52,12 @@ class Tokenizer:
         except UsageError as error:
             raise Invalid(f"{str(error)[0].lower()}{str(error)[1:-1]}", 7) from error
         self.vocab_size, self.bos = self.table.vocab_size, self.table.bos
+        known = self.model == given or hashlib.sha256(self.model).hexdigest() in PUBLISHED_TOKENIZERS
+        try:
+            self.shown = self.model if known or self.kind == "bytes" else lean(self.model)
+        except ValueError as error:
+            raise Invalid(f"the tokenizer cannot be read ({error})", 7) from error
+        self.excess = 0 if known or self.kind == "bytes" else excess(self.shown, self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
         return self.table.encode(casing.lower(text) if self.transform == "case" else text)

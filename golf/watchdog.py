@@ -24,7 +24,8 @@ BEAT = 1.0  # seconds between two signs of life
 PATIENCE = 15.0  # seconds without one
 SOON = 3.0  # the same, once communication has failed
 SLOWEST = 3.0  # times the longest step so far that a rank may take for one
-WAITING = ("distributed_c10d.py", "overlap.py")  # where a rank waits for others
+WAITING = ("distributed_c10d.py", "overlap.py", "resume.py")  # where a rank waits for others, or writes a checkpoint
+SAVING = 120.0  # seconds that saving what there is may take, which waits for a device that may hang
 
 
 class Beat(NamedTuple):
@@ -40,7 +41,7 @@ class Beat(NamedTuple):
 
 
 def in_a_collective(thread: int) -> bool:
-    """Whether a thread waits for other ranks, by where it is."""
+    """Whether a thread waits for other ranks, or for a disk, by where it is."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code.co_filename.endswith(WAITING):
@@ -139,8 +140,9 @@ class Watchdog:
         self.gone = set(lost)
         names = "; ".join(f"rank {r}: {why}" if r >= 0 else why for r, why in lost.items())
         print(f"error: the run cannot go on; {names}.", file=sys.stderr, flush=True)
-        with contextlib.suppress(Exception):  # whatever is wrong with the disk, the process must end
-            self.bark(names)
+        saving = threading.Thread(target=self.save, args=(names,), daemon=True)
+        saving.start()
+        saving.join(timeout=SAVING)
         for rank in lost:
             beat = self.last[rank][0] if rank in self.last else None
             if beat and beat.host == socket.gethostname():
@@ -148,6 +150,13 @@ class Watchdog:
                     os.kill(beat.pid, signal.SIGKILL)
         sys.stdout.flush()
         os._exit(1)
+
+    def save(self, names: str) -> None:
+        """Let `bark` save; what it cannot is said, and the process ends all the same."""
+        try:
+            self.bark(names)
+        except Exception as error:
+            print(f"error: nothing could be saved ({error!r:.200}).", file=sys.stderr, flush=True)
 
     @property
     def heir(self) -> bool:

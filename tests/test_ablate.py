@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import TINY, run
+from conftest import ROOT, TINY, run
 
 from golf import records
+from golf.ablate import with_paces
 from golf.errors import UsageError
-from golf.plan import average_step_flops, budget_flags, configuration, read_plan, words_of
-from golf.result_rows import read_rows, table, wanted
+from golf.plan import average_step_flops, budget_flags, configuration, make_plan, read_plan, words_of, work_of
+from golf.result_rows import bpb_of, read_rows, table, wanted
 
 PLAN = """
 preset = "smoke"
@@ -134,3 +136,28 @@ def test_a_results_file_with_another_fault_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n{broken}\n{"a": 2}\n')
     with pytest.raises(UsageError, match="line 2"):
         read_rows(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ablations").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_plans_that_come_with_the_program_can_be_read(path):
+    plan = read_plan(path)
+    assert plan.seeds and len(plan.variants) > 1
+
+
+def test_a_run_that_crashed_has_no_score():
+    row = {"unpacked_val_bpb": 2.0, "status": "crash"}
+    assert bpb_of(row) is None and bpb_of(row | {"status": "complete"}) == 2.0
+
+
+def test_a_pace_is_of_what_a_variant_computes(tmp_path, corpus):
+    """Another width under the same name is timed again; another rate is not."""
+    plan = make_plan({"preset": "smoke", "data": str(corpus), "equal": "pace", "amount": 1, "seeds": [1],
+                      "variants": {"a": [*TINY]}}, "plan")  # fmt: skip
+    results = tmp_path / "rows.jsonl"
+    work = work_of(configuration(plan, "a", 1))
+    results.with_suffix(".pace.json").write_text(json.dumps({"a": {"work": work, "pace": "1x64=5.0"}}))
+    assert with_paces(plan, results).paces == {"a": "1x64=5.0"}
+    slower = replace(plan, variants={"a": [*TINY, "--recipe.matrix-rate", "0.01"]})
+    assert with_paces(slower, results).paces == {"a": "1x64=5.0"}
+    with pytest.raises(UsageError, match="delete the file"):
+        with_paces(replace(plan, variants={"a": [*TINY, "--shape.width", "64"]}), results)

@@ -163,6 +163,22 @@ def stuffed(folder: Path, corpus: Path) -> None:
     own_tokenizer(folder, spm(texts_of(corpus), normalization_rule_name="identity", user_defined_symbols=pieces))
 
 
+def swollen(folder: Path, corpus: Path) -> None:
+    """A tokenizer of one's own with long pieces of noise, which the scorer could read."""
+    rng = np.random.default_rng(0)
+    noise = ["".join(chr(int(c)) for c in rng.integers(0x4E00, 0x9FA5, 1500)) for _ in range(150)]
+    own_tokenizer(folder, spm(texts_of(corpus), normalization_rule_name="identity", user_defined_symbols=noise))
+
+
+def among_training(folder: Path, corpus: Path) -> None:
+    """Validation text among a hundred times as much of the training text."""
+    from golf.bpb import ByteTable
+
+    table = ByteTable(corpus / "tokenizer.model")
+    train = table.decode(Corpus(corpus).shards("train")[0][:150_000])
+    (folder / "notes.bin").write_bytes(zlib.compress(train + "".join(texts_of(corpus))[:3000].encode(), 9))
+
+
 CHEATS = {
     "memorised": Entry(13, prepare=knowledge),
     "paid_prefix": Entry(13, prepare=prefix),
@@ -189,6 +205,12 @@ CHEATS = {
     "second_file": Entry(0, prepare=readme),
     "spots_probes": Entry(2),
     "remembers_prefixes": Entry(1),
+    "shows_nothing": Entry(4),
+    "knows_the_judge": Entry(2),
+    "turns_later": Entry(2, keys={"adapts": True, "chunk": 1024}),
+    "answers_first": Entry(0),
+    "swollen_tokenizer": Entry(9, prepare=swollen, source="honest_uniform"),
+    "chosen_training_text": Entry(13, prepare=among_training, source="honest_bigram"),
     "leaks_state": Entry(15),
     "batch_neighbours": Entry(14),
     "two_tongues": Entry(4),

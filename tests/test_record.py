@@ -53,6 +53,12 @@ def test_a_comparison_is_welchs_test_as_scipy_has_it(tmp_path):
     assert found.p_rule == pytest.approx(shifted) and found.meets_rule and found.meets_practice
 
 
+def test_a_gain_that_is_hardly_the_rules_is_not_shown_to_be_it():
+    ours, theirs = [2.0, 2.0005, 1.9995], [2.006, 2.0065, 2.0055]
+    found = stats.compare(ours, ours, theirs, theirs)
+    assert found.p < 0.01 < found.p_rule and found.gain_nats > 0.005 and not found.meets_rule
+
+
 def test_each_seed_beyond_those_planned_is_a_look():
     ours, theirs = [2.00, 2.01, 2.02, 2.00], [2.03, 2.02, 2.04]
     once, more = (stats.compare(ours, ours, theirs, theirs, planned) for planned in (0, 3))
@@ -94,11 +100,50 @@ def test_the_command_compares_names_those_left_out_and_refuses_other_corpora(tmp
 @pytest.mark.parametrize(("values", "said"), [
     ({"seed": 1}, "seed 1 stands twice"), ({"fingerprint": "other", "seed": 9}, "2 configurations"),
     ({"status": "crash", "seed": 9}, "no valid score (crash)"),
+    ({"seed": 9, "config": {"run": {"cap": 5}}}, "differ in seconds of training"),
+    ({"seed": 9, "config": {"run": {"max_steps": 5}}}, "differ in --run.max-steps"),
 ])  # fmt: skip
 def test_a_side_is_one_configuration_and_every_seed_once(tmp_path, values, said):
     ours = seeds(tmp_path, "ours", [2.0, 2.1])
     with pytest.raises(UsageError, match=said.replace("(", r"\(").replace(")", r"\)")):
         run_list.sides([*ours, folder_of(tmp_path, "more", **values)], ours, mixed=False)
+
+
+def test_seed_0_stands_twice_like_any_other(tmp_path):
+    twice = [folder_of(tmp_path, name, seed=0) for name in ("a", "b")]
+    with pytest.raises(UsageError, match="seed 0 stands twice"):
+        run_list.sides(twice, seeds(tmp_path, "theirs", [2.0, 2.1]), mixed=False)
+
+
+def test_other_tokenizers_are_compared_in_bits_a_byte(tmp_path):
+    """Larger pieces cost more nats each: what is better is what takes fewer bits a byte."""
+    ours = seeds(tmp_path, "ours", [4.80, 4.81, 4.79], tokenizer_sha256="large")
+    for folder, bpb in zip(ours, (2.10, 2.11, 2.09), strict=True):
+        records.write(folder, replace(records.read(folder), val_bpb=bpb))
+    theirs = seeds(tmp_path, "theirs", [3.96, 3.97, 3.95], tokenizer_sha256="small")  # 0.75 of that in bits a byte
+    done = run("record.py", "compare", *ours, "--against", *theirs, "--json")
+    told = json.loads(done.stdout)
+    assert told["gain_bpb"] == pytest.approx(2.97 - 2.10) and told["gain_nats"] == pytest.approx(0.87 / 0.75)
+    assert told["meets_rule"]
+    assert "tokenizers differ" in run("record.py", "compare", *ours, "--against", *theirs).stdout
+
+
+def test_a_run_that_was_lost_is_named_as_left_out(tmp_path):
+    ours, theirs = seeds(tmp_path, "ours", [2.0, 2.1]), seeds(tmp_path, "theirs", [2.2, 2.3])
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "log.jsonl").write_text('{"event": "start", "fingerprint": "f0"}\n')
+    done = run("record.py", "compare", *ours, "--against", *theirs)
+    assert "killed (lost)" in done.stderr
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('{"seed": 1%s}' % ("0" * 400), "more digits"), ('{"val_loss": 1%s}' % ("0" * 400), "more digits"),
+    ('{"config": {"recipe": [1]}}', "config.recipe is not an object"),
+])  # fmt: skip
+def test_a_record_with_numbers_or_parts_of_no_use_is_refused(tmp_path, text, said):
+    (tmp_path / "submission.json").write_text(text)
+    with pytest.raises(UsageError, match=said):
+        records.read(tmp_path)
 
 
 # == listing =======================================================================================================

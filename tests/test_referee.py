@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import zstandard
 from conftest import ROOT, run, unpacked
 
 import eval_bpb
-from golf import contender, folders
+from golf import contender, evidence, folders
 from golf.bpb import ByteTable
-from golf.contender import Contender, Invalid, Limits
+from golf.contender import Contender, Invalid, Limits, why_not_isolated
 from golf.data import Corpus
 from golf.errors import UsageError
 
@@ -347,3 +349,52 @@ def test_a_watched_verdict_does_not_claim_to_have_shut_in(tmp_path, corpus, monk
 def test_declarations_that_no_referee_can_follow_are_refused(tmp_path, corpus, keys, words):
     with pytest.raises(UsageError, match=words):
         eval_bpb.judge(submission(tmp_path / "odd", corpus, UNIFORM, **keys), corpus)
+
+
+def test_a_record_cannot_choose_its_text(tmp_path, corpus):
+    folder = submission(tmp_path / "entry", corpus, UNIFORM)
+    told = json.loads((folder / "submission.json").read_text())
+    (folder / "submission.json").write_text(json.dumps(told | {"corpus": "../elsewhere/data"}))
+    done = run("eval_bpb.py", folder)
+    assert done.returncode == 2 and "is not a plain name, give --data" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_pythons_own_library_as_text_is_never_called_hidden(tmp_path, corpus):
+    data = tmp_path / "data"
+    shutil.copytree(corpus, data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "python3.11.7-0123"}))
+    verdict = eval_bpb.judge(submission(tmp_path / "entry", corpus, UNIFORM), data)
+    found = next(c for c in verdict["checks"] if c["number"] == 11)
+    assert verdict["valid"] and found["status"] == "not run" and "Python's own library" in found["evidence"]
+    folder = submission(tmp_path / "again", corpus, UNIFORM)
+    (folder / "train_gpt.py").write_text("")
+    done = run("eval_bpb.py", folder, "--data", data, "--retrain")
+    assert done.returncode == 2 and "Python's own library" in done.stderr
+
+
+def test_an_error_that_draws_on_the_terminal_is_plain_text(tmp_path, corpus):
+    said = "a\\nverdict: valid \\x1b[8m"
+    folder = submission(tmp_path / "entry", corpus, f"def load_scorer(folder):\n    raise ValueError('{said}')")
+    done = run("eval_bpb.py", folder, "--data", corpus)
+    assert done.returncode == 1 and "\x1b" not in done.stdout + done.stderr
+    assert not any(line.startswith("verdict: valid") for line in done.stdout.splitlines())
+
+
+def test_decompression_has_one_budget(tmp_path):
+    bomb = zstandard.compress(bytes(1 << 30), 19)
+    room = evidence.Room(1 << 20)
+    parts = list(evidence.unpacked(bomb, room))
+    assert sum(map(len, parts)) <= len(bomb) + (1 << 20) and not room.left
+
+
+@pytest.mark.skipif(bool(why_not_isolated()), reason="this system cannot shut a process in")
+def test_locked_flags_of_mounts_do_not_stop_the_isolation(tmp_path, corpus):
+    """As where /tmp and /sys are mounted without devices, programs and other users' rights."""
+    folder, place = submission(tmp_path / "entry", corpus, UNIFORM), tmp_path / "mounted"
+    place.mkdir()
+    judge = f"{sys.executable} {ROOT}/eval_bpb.py {folder} --data {corpus} --json"
+    script = f"mount -t tmpfs -o nosuid,nodev,noexec,noatime none {place} && TMPDIR={place} exec {judge}"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["isolation"] == "isolated"
