@@ -31,6 +31,7 @@ from golf.sources import Document
 from golf.texts import read_topics
 
 HELD_OUT = 0.2
+GATE_TOKENS = 64_000_000  # of training text that a gate learns from at most
 SHOWN_BYTES = 20_000  # of a text that is drawn
 
 dumps = json.dumps  # the commands have an option called json
@@ -116,7 +117,7 @@ def gate(
 
     shape, model = gates.gated(packed)
     corpus.check(shape.vocab_size, record.context)
-    stream = np.concatenate(corpus.shards("train"))
+    stream = np.concatenate([shard[:GATE_TOKENS] for shard in corpus.shards("train")[:4]])[:GATE_TOKENS]
     told = gates.train_gate(
         model, stream, record.context, gates.GateOptions(seed, steps, rate, least_gain, label, quantile)
     )  # fmt: skip
@@ -229,18 +230,19 @@ def topics(a: TopicsArguments) -> dict:
     models = [depth.load(Path(folder)) for folder in a.folders]
     if len({m.table.vocab_size for m in models}) > 1:
         raise UsageError("The runs have different tokenizers, give runs of one.")
+    for model in models:  # refused before any time is spent
+        model.rule(a.exit, a.threshold or 0.0)
+    study.check_topics(texts)
     runs, rules, found = [], [], []
     for model in models:
         wanted = a.mean_depth or (1 + model.loops) / 2
         threshold = a.threshold
-        model.rule(a.exit, 0.0 if threshold is None else threshold)  # refused before any time is spent
         if threshold is None:
             threshold = depth.threshold_for(model, texts[:: max(1, len(texts) // 60)], a.exit, wanted)
         rules.append(model.rule(a.exit, threshold))
         runs.append(depth.measure(model, texts, rules[-1]))
         found.append({"run": model.name, "threshold": threshold, "mean_depth": float(runs[-1].depth.mean()),
                       "bpb": runs[-1].bits_a_byte})  # fmt: skip
-    study.check_topics(runs[0])
     resampling = study.Resampling(runs[0], len(runs), a.draws)
     rows = study.by_topic(runs, resampling)
     equal = study.adjusted(runs, resampling)
@@ -390,8 +392,9 @@ def draw(a: MapArguments) -> dict:
         documents.append(map_page.Shown(text.topic, spots))
     pictures = [("Tokens by loops", map_page.histogram(np.array(depths), looped.loops))]
     if a.docs:
-        tokens = depth.measure(looped, chosen_texts(Path(a.docs), 200), rule)
-        study.check_topics(tokens)
+        chosen = chosen_texts(Path(a.docs), 200)
+        study.check_topics(chosen)
+        tokens = depth.measure(looped, chosen, rule)
         rows = study.by_topic([tokens], study.Resampling(tokens, 1))
         bars = [charts.Bar(r["topic"], *(r["loops"].row()[k] for k in ("mean", "low", "high"))) for r in rows]
         bars.sort(key=lambda bar: -bar.mean)

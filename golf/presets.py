@@ -77,7 +77,7 @@ PRESETS = {
             Pack(0.1, 0.1),
             Run(allow_over_cap=True),
         ),
-        Config("laptop", "laptop", LAPTOP_SHAPE, LAPTOP_RECIPE),
+        Config("laptop", "laptop", LAPTOP_SHAPE, replace(LAPTOP_RECIPE, matrix_rate=0.015)),
         Config("laptop_flat", "laptop", replace(LAPTOP_SHAPE, loops=1), LAPTOP_RECIPE),
         Config(
             "laptop_naive", "laptop", Shape(width=96, heads=4, kv_heads=2, core=4),

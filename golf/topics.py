@@ -7,11 +7,13 @@ topic and, where several runs are given, runs. All runs are measured on the same
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from golf.errors import UsageError
+from golf.sources import Document
 from golf.texts import Tokens
 from golf.token_classes import CLASSES
 
@@ -42,10 +44,9 @@ def interval(mean: float, draws: np.ndarray) -> Interval:
     return Interval(float(mean), float(low), float(high), draws)
 
 
-def check_topics(tokens: Tokens) -> None:
+def check_topics(documents: list[Document]) -> None:
     """Raise UsageError for a topic with too few documents to resample."""
-    for number, topic in enumerate(tokens.topics):
-        count = len(np.unique(tokens.document[tokens.topic == number]))
+    for topic, count in sorted(Counter(d.topic for d in documents).items()):
         if count < LEAST_DOCUMENTS:
             raise UsageError(f"--docs: topic {topic!r:.60} has {count} documents, give {LEAST_DOCUMENTS} or more.")
 

@@ -114,6 +114,15 @@ def test_fit_answers_the_proposals_question():
     assert "costs no bytes but all of its time" in said and "8xH100" in said
 
 
+def test_fit_takes_widths_of_any_number_of_heads_and_tracks_without_a_clock_are_refused():
+    rows = json.loads(run("budget.py", "fit", "--width", "320,448,704", "--json").stdout)
+    assert {row["width"] for row in rows} == {320, 448, 704}
+    done = run("budget.py", "fit", "--width", "65")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    done = run("budget.py", "fit", "--track", "unlimited")
+    assert done.returncode == 2 and "give one of contest, laptop, smoke" in done.stderr
+
+
 def test_the_table_sets_claims_beside_predictions():
     done = run("budget.py", "table", "--json")
     rows = {r["shape"]: r for r in json.loads(done.stdout)}

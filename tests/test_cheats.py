@@ -347,8 +347,11 @@ def test_an_honest_submission_decompresses_what_it_claims(name, tmp_path, corpus
     assert result["holds"], result
 
 
-def test_one_cheat_and_one_honest_submission(tmp_path, corpus, counts):
-    caught = judge("oracle_expert", CHEATS["oracle_expert"], "cheats", tmp_path, corpus, counts)
-    assert 2 in failed(caught)
+@pytest.mark.parametrize("name", ["shows_nothing", "oracle_expert", "reads_outside"])
+def test_some_cheats(name, tmp_path, corpus, counts):
+    assert CHEATS[name].check in failed(judge(name, CHEATS[name], "cheats", tmp_path, corpus, counts))
+
+
+def test_one_honest_submission(tmp_path, corpus, counts):
     passed = judge("score_first", HONEST["score_first"], "honest", tmp_path, corpus, counts)
     assert passed["valid"], passed["invalid"]

@@ -290,6 +290,13 @@ def test_a_model_without_repeats_is_refused_and_a_file_of_surrogates(tmp_path, l
     assert done.returncode == 2 and "give one of fixed" in done.stderr
 
 
+def test_a_topic_that_lies_on_one_side_only_is_named(tmp_path):
+    docs = tmp_path / "docs.jsonl"
+    docs.write_text(json.dumps({"topic": "alone", "text": "One document.", "source": "s"}) + "\n")
+    done = run("depth_map.py", "split", docs, tmp_path / "out")
+    assert done.returncode == 2 and "no document of topic alone" in done.stderr, done.stderr
+
+
 def test_topics_are_cut_to_equal_bytes_and_held_out_apart(tmp_path):
     docs = tmp_path / "docs.jsonl"
     rows = [{"topic": t, "text": f"{t} {n} " * (20 + 10 * (t == "long")), "source": "s"}

@@ -64,6 +64,18 @@ def alone(corpus, tmp_path_factory) -> Path:
     return trained(tmp_path_factory.mktemp("alone"), corpus)
 
 
+def test_every_rank_knows_the_folder_that_rank_0_names(tmp_path):
+    """The name holds the time of day, which ranks that start apart see differently."""
+    script = tmp_path / "ask.py"
+    script.write_text(
+        "import os, sys\nfrom golf.machine import set_up\nfrom golf.presets import PRESETS\n"
+        "machine = set_up(PRESETS['smoke'])\nsays = machine.from_rank_0(f'named by {machine.rank}')\n"
+        "os.write(1, f'{machine.rank}: {says}\\n'.encode())\n"
+    )
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script)
+    assert sorted(done.stdout.splitlines()) == ["0: named by 0", "1: named by 0"], done.stderr
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("overlap", ["--run.no-overlap", "--run.overlap"])
 def test_ranks(alone, corpus, tmp_path, ranks, overlap):

@@ -30,8 +30,7 @@ class Launched:
     """A run in a session of its own, its output read as it comes, with the time of each line."""
 
     def __init__(self, corpus: Path, runs: Path, ranks: int, *more: object, before: object = None):
-        words = ["train_gpt.py", "smoke", *TINY, *LONG, "--run.data", corpus, "--run.runs", runs, "--run.name", "fault",
-                 *more]  # fmt: skip
+        words = ["train_gpt.py", "smoke", *TINY, *LONG, "--run.data", corpus, "--run.runs", runs, *more]
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command = [*(start if ranks > 1 else [sys.executable]), *map(str, words)]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -86,7 +85,7 @@ class Launched:
 
     @property
     def folder(self) -> Path:
-        (found,) = self.runs.glob("*-fault")
+        (found,) = self.runs.glob("*-smoke-seed*")
         return found
 
     @property

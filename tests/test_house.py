@@ -1,11 +1,13 @@
 """The house rules that a program can hold."""
 
 import ast
+import json
 import re
+import shlex
 import subprocess
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, TINY, run
 
 from golf.bundle import MODULES
 from golf.presets import PRESETS
@@ -74,6 +76,16 @@ def test_a_reader_that_leaves_early_is_no_error():
     command = f"{sys.executable} budget.py table | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_a_reader_that_leaves_early_ends_no_run(corpus, tmp_path):
+    import sys
+
+    words = [sys.executable, "train_gpt.py", "smoke", *TINY, "--run.max-steps", "30", "--run.log-every", "1",
+             "--run.no-judge", "--run.data", str(corpus), "--run.runs", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(["bash", "-c", f"{shlex.join(words)} | head -2"], cwd=ROOT, capture_output=True, check=False)
+    record = json.loads(next(tmp_path.glob("*/submission.json")).read_text())
+    assert done.returncode == 0 and record["status"] == "complete" and record["steps"] == 30, done.stderr
 
 
 def test_the_repository_holds_no_large_files_and_no_data():

@@ -125,6 +125,19 @@ def test_a_run_that_crashed_or_died_after_its_last_step_goes_on(unbroken, killed
 
 
 @pytest.mark.slow
+def test_a_run_that_fails_at_once_when_it_goes_on_keeps_the_steps_it_had(corpus, tmp_path):
+    """It falls back to the checkpoint, not to the weights' start."""
+    wild = ("--recipe.matrix-rate", "1e15", "--recipe.clip-norm", 0, "--recipe.grid-noise", "off", "--run.keep-every", 1)
+    done = run(*words(corpus, tmp_path, "wild", *wild))
+    folder = only(tmp_path, "wild")
+    assert done.returncode == 1, done.stderr
+    had = newest(folder)[1]["loop"]["result"]["steps"]
+    done = run(*words(corpus, tmp_path, "unused", *wild, "--run.resume", folder))
+    record = json.loads((folder / "submission.json").read_text())
+    assert done.returncode == 1 and record["status"] == "crash" and record["steps"] == had > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("more", "said"), [
     (("--run.seed", 5), "another seed"), (("--recipe.matrix-rate", 0.01), "another configuration"),
     (("--run.max-steps", 40), "another number of steps"),

@@ -1,0 +1,114 @@
+"""A validation set of the contest's size, scored by a run's model: seconds and memory, interrupted and gone on with.
+
+    python bench/load.py RUN [--data data/builtin] [--tokens 62021846] [--interrupt SECONDS] [--json]
+
+The text is documents of the prepared data, drawn at random until there are so many tokens. The referee runs all its
+checks under a lifted cap; with --interrupt it is killed after so many seconds and started again. Prints tokens a second
+and the peak memory of the judge, of the scorer and of both; exit 1 where both together took 2 GB or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from golf.bpb import ByteTable
+from golf.contender import taken
+from golf.data import Corpus, write_shard
+
+MOST = 2_000_000_000
+PART = 1 << 22
+
+
+def large(corpus: Corpus, tokens: int, target: Path) -> None:
+    """Write data whose validation split is documents drawn from the corpus, and which has no training split."""
+    stream = np.concatenate([*corpus.shards("train"), *corpus.shards("val")])
+    table = ByteTable(corpus.tokenizer)
+    starts = np.flatnonzero(stream == table.bos)
+    ends = np.append(starts[1:], stream.size)
+    rng, found, count = np.random.default_rng(1), [], 0
+    while count < tokens:
+        n = int(rng.integers(starts.size))
+        found.append(stream[starts[n] : ends[n]])
+        count += found[-1].size
+    text = np.concatenate(found)[:tokens]
+    target.mkdir()
+    shutil.copyfile(corpus.tokenizer, target / "tokenizer.model")
+    write_shard(target / "val_000000.bin", text)
+    counted = sum(table.count(text[at : at + PART].astype(np.int64), text[at + 1 : at + PART + 1].astype(np.int64))
+                  for at in range(0, text.size - 1, PART) if text[at + 1 : at + PART + 1].size == PART)  # fmt: skip
+    rest = (text.size - 1) // PART * PART
+    counted += table.count(text[rest:-1].astype(np.int64), text[rest + 1 :].astype(np.int64))
+    manifest = json.loads(json.dumps(corpus.manifest)) | {"name": "large", "fingerprint": f"large-{tokens}"}
+    manifest["splits"] = {
+        "val": {"documents": len(found), "files": ["val_000000.bin"], "tokens": int(text.size),
+                "counted_bytes": counted},
+        "train": {"documents": 0, "files": [], "tokens": 0, "counted_bytes": 0},
+    }  # fmt: skip
+    (target / "manifest.json").write_text(json.dumps(manifest))
+
+
+def follow(command: list[str], limit: float, peaks: dict[str, int]) -> str | None:
+    """Run a command, note its peaks of memory; its output, or None where it was killed after `limit` seconds."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    judge, end = psutil.Process(process.pid), time.monotonic() + limit
+    while process.poll() is None:
+        try:
+            below = judge.children(recursive=True)
+            sizes = {"judge": taken([judge], "rss"), "scorer": taken(below, "rss")}
+        except psutil.Error:
+            break
+        for name, size in (*sizes.items(), ("both", sum(sizes.values()))):
+            peaks[name] = max(peaks[name], size)
+        if time.monotonic() > end:
+            process.kill()
+            process.wait()
+            return None
+        time.sleep(0.5)
+    return process.communicate()[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run")
+    parser.add_argument("--data", default="data/builtin")
+    parser.add_argument("--tokens", type=int, default=62_021_846)
+    parser.add_argument("--interrupt", type=float, default=float("inf"))
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    peaks = {"judge": 0, "scorer": 0, "both": 0}
+    with tempfile.TemporaryDirectory(prefix="golf-load-") as place:
+        data = Path(place) / "data"
+        large(Corpus(asked.data), asked.tokens, data)
+        command = [sys.executable, "eval_bpb.py", asked.run, "--data", str(data), "--lift-cap", "--keep",
+                   str(Path(place) / "kept"), "--json"]  # fmt: skip
+        began = time.monotonic()
+        said = follow(command, asked.interrupt, peaks)
+        said = said or follow(command, float("inf"), peaks)
+        seconds = time.monotonic() - began
+    verdict = json.loads(said)
+    scored = {n["number"]: n for n in verdict["checks"]}
+    told = {
+        "tokens": asked.tokens, "seconds": round(seconds, 1), "scoring_seconds": verdict.get("eval_seconds"),
+        "tokens_per_second": round(asked.tokens / verdict["eval_seconds"]), "valid": verdict["valid"],
+        "invalid": verdict.get("invalid", ""), "kept": scored[6]["evidence"],
+        **{f"peak_{name}_mb": round(size / 1e6) for name, size in peaks.items()},
+    }  # fmt: skip
+    print(json.dumps(told) if asked.json else "\n".join(f"{k}: {v}" for k, v in told.items()))
+    return 0 if peaks["both"] < MOST else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
