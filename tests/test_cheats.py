@@ -225,7 +225,8 @@ CHEATS = {
 ALONE = {
     1: ("scored_positions", {2}), 2: ("target_gated", set()), 3: ("wrong_denominator", set()),
     4: ("two_tongues", set()),
-    5: ("cannot_forget", {1, 2, 16}), 7: ("spaces_twice", set()), 8: ("truncated_validation", set()), 9: ("mebibytes", set()),
+    5: ("cannot_forget", {1, 2, 16}), 7: ("spaces_twice", set()), 8: ("truncated_validation", set()),
+    9: ("mebibytes", set()),
     10: ("trained_too_long", set()), 11: ("reads_outside", set()), 12: ("train_val_overlap", set()),
     13: ("paid_prefix", set()), 14: ("depends_on_shape", set()), 15: ("leaks_state", {1, 2, 5, 14, 16}),
     16: ("claimed_score", set()),

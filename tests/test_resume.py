@@ -127,7 +127,8 @@ def test_a_run_that_crashed_or_died_after_its_last_step_goes_on(unbroken, killed
 @pytest.mark.slow
 def test_a_run_that_fails_at_once_when_it_goes_on_keeps_the_steps_it_had(corpus, tmp_path):
     """It falls back to the checkpoint, not to the weights' start."""
-    wild = ("--recipe.matrix-rate", "1e15", "--recipe.clip-norm", 0, "--recipe.grid-noise", "off", "--run.keep-every", 1)
+    wild = ("--recipe.matrix-rate", "1e15", "--recipe.clip-norm", 0, "--recipe.grid-noise", "off",
+            "--run.keep-every", 1)  # fmt: skip
     done = run(*words(corpus, tmp_path, "wild", *wild))
     folder = only(tmp_path, "wild")
     assert done.returncode == 1, done.stderr
