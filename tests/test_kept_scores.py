@@ -102,6 +102,7 @@ def test_scores_of_another_submission_or_damaged_ones_are_refused(tmp_path):
         KeptScores(path, {"folder": "a"})
 
 
+@pytest.mark.slow
 def test_old_scores_beside_a_file_that_was_deleted_are_not_taken(tmp_path, corpus):
     folder = folder_of(tmp_path, corpus, False)
     (tmp_path / "kept.f32").write_bytes(np.full(5000, -1e-4, "<f4").tobytes())
@@ -110,6 +111,7 @@ def test_old_scores_beside_a_file_that_was_deleted_are_not_taken(tmp_path, corpu
     assert json.loads(done.stdout)["val_loss"] == pytest.approx(json.loads(plain.stdout)["val_loss"], rel=1e-7)
 
 
+@pytest.mark.slow
 def test_scores_kept_at_other_distances_are_another_scorings(tmp_path, corpus):
     path = tmp_path / "kept"
     path.write_text('{"schema": 1, "stretches": 1, "count": 2, "identity": {"every": 5}}')
@@ -120,6 +122,7 @@ def test_scores_kept_at_other_distances_are_another_scorings(tmp_path, corpus):
     assert done.returncode == 2 and "another submission" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_that_takes_no_verdict_loses_none(tmp_path, corpus):
     folder = folder_of(tmp_path, corpus, False)
     (folder / "verdict.json").mkdir()  # which no file replaces
