@@ -54,6 +54,17 @@ def data_folder(record: records.Record, given: str) -> Path:
     return Path(given or os.environ.get("DATA_PATH") or f"data/{record.corpus}")
 
 
+def require_its_text(record: records.Record, data: Path) -> None:
+    """Raise UsageError where prepared data are another text than the one that a record is of."""
+    if data.is_dir() and record.corpus_fingerprint:
+        given = Corpus(data, "--data")
+        if given.fingerprint != record.corpus_fingerprint:
+            raise UsageError(
+                f"--data {data}: the record is of {record.corpus} ({record.corpus_fingerprint}), this is {given.name} "
+                f"({given.fingerprint}), give that text."
+            )
+
+
 def judge(
     folder: Path, data: Path, official: bool = False, off: frozenset[int] = frozenset(), claims: bool = True,
     limits: Limits | None = None, keep: tuple[Path, int] | None = None,
@@ -342,6 +353,7 @@ def judge_folder(arguments: JudgeArguments) -> int:
     if record.track not in TRACKS:
         raise UsageError(f"{folder}/submission.json: track {record.track!r:.60} is none of {', '.join(TRACKS)}.")
     data = data_folder(record, arguments.data)
+    require_its_text(record, data)
     seconds = math.inf if arguments.lift_cap else TRACKS[record.track].eval_seconds
     probing = {"probe_seconds": math.inf} if arguments.lift_cap else {}
     limits = Limits(seconds, **probing, memory=int(arguments.memory * 1e9))

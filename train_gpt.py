@@ -243,6 +243,11 @@ def train(
             with clock.paused():
                 score = validation_score(model, corpus, config, machine)
                 report({"event": "validation", "step": result.steps, "val_loss": score.loss, "val_bpb": score.bpb})
+    if not result.steps and result.status == "complete":
+        result.status, result.reason = "crash", (
+            f"no step ends within {config.train_seconds:g} s, of which {reserve:.1f} s are kept for calibration: give "
+            "a longer --run.cap, or fewer --pack.calibration-batches"
+        )
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         result.status, result.reason = "crash", f"weights not finite after step {result.steps}"
         rollback.take_back()

@@ -73,13 +73,13 @@ def save_figure(figure: object, path: Path) -> None:
 
 
 def bar_chart(bars: list[Bar], most: float, unit: str, form: str = "{:.2f}") -> str:
-    """Horizontal bars with their intervals."""
+    """Horizontal bars with their intervals; what is below 0 is told and has no bar."""
     height, left, width = 26, 150, 420
     lines = [f'<svg viewBox="0 0 {left + width + 90} {height * len(bars) + 24}" role="img" '
              f'aria-label="{html.escape(unit)}">']  # fmt: skip
     for number, bar in enumerate(bars):
         y = number * height
-        end, low, high = (left + width * v / most for v in (bar.mean, bar.low, bar.high))
+        end, low, high = (left + width * max(0.0, v) / most for v in (bar.mean, bar.low, bar.high))
         lines.append(f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{html.escape(bar.name[:22])}</text>')
         lines.append(f'<rect class="bar" x="{left}" y="{y + 4}" width="{max(0.0, end - left):.1f}" height="18"/>')
         if bar.high > bar.low:

@@ -78,10 +78,10 @@ def submit(runs: list[Path], about: About, root: Path, against: list[Path]) -> P
     found = ready(runs)
     pairs = sorted(zip(runs, found, strict=True), key=lambda pair: pair[1].val_bpb)
     chosen = pairs[(len(pairs) - 1) // 2][0]
-    comparison = None
+    comparison, own = None, True
     if against:
         ours, theirs = run_list.sides(runs, against, mixed=False)
-        nats, their_nats, _ = run_list.losses(ours, theirs)
+        nats, their_nats, own = run_list.losses(ours, theirs)
         comparison = stats.compare(nats, [r.val_bpb for r in ours], their_nats, [r.val_bpb for r in theirs])
     track = found[0].track
     place = root / TRACK_FOLDERS.get(track, f"track_{track}")
@@ -106,8 +106,9 @@ def submit(runs: list[Path], about: About, root: Path, against: list[Path]) -> P
         wanted = [f"{name}=={environment[name].split('+')[0]}\n" for name in REQUIREMENTS if name in environment]
         write_bytes(folder / "requirements.txt", "".join(wanted).encode())
         chosen_record = next(r for run, r in zip(runs, found, strict=True) if run == chosen)
+        checked = said_checks([records.read_verdict(run) for run in runs])
         values = submission(found, chosen_record, about, date, comparison)
-        write_bytes(folder / "README.md", readme(found, chosen_record, about, comparison).encode())
+        write_bytes(folder / "README.md", readme(found, chosen_record, about, comparison, checked, own).encode())
         values["files_sha256"] = {name: sha for name, sha in hashes(folder).items() if name != "submission.json"}
         write_bytes(folder / "submission.json", json.dumps(values, indent=1).encode() + b"\n")
         if findings := lint.lint(folder):
@@ -193,8 +194,20 @@ def step_line(row: dict, total: int) -> str:
             f"step_avg:{1e3 * row['elapsed'] / row['step']:.2f}ms")  # fmt: skip
 
 
-def readme(found: list[Record], chosen: Record, about: About, comparison: stats.Comparison | None) -> str:
-    """The folder's README: method, command, seeds, significance."""
+def said_checks(verdicts: list[dict]) -> str:
+    """How many of the referee's checks passed in every run, and which did not run."""
+    every = [{c["check"]: c["status"] for c in verdict["checks"]} for verdict in verdicts]
+    left = [name for name in every[0] if any(checks.get(name) != "passed" for checks in every)]
+    told = f"{len(every[0]) - len(left)} of {len(every[0])} checks passed in each"
+    return f"{told}; not run: {', '.join(left)}" if left else told
+
+
+def readme(
+    found: list[Record], chosen: Record, about: About, comparison: stats.Comparison | None, checked: str,
+    own_nats: bool = True,
+) -> str:  # fmt: skip
+    """The folder's README: method, command, seeds, significance. Without `own_nats` the comparison's nats are bits a
+    byte at the other side's bytes a token."""
     rows = "\n".join(
         f"| {r.seed} | {r.val_bpb:.4f} | {r.val_loss:.4f} | {r.unpacked_val_bpb:.4f} | {r.bytes_total:,} | "
         f"{r.steps:,} | {r.train_seconds:.1f} | {r.eval_seconds or 0.0:.1f} |"
@@ -202,6 +215,7 @@ def readme(found: list[Record], chosen: Record, about: About, comparison: stats.
     )
     bpb, loss = ([getattr(r, key) for r in found] for key in ("val_bpb", "val_loss"))
     told = "\n".join(f"- {line}" for line in comparison.sentences()) if comparison else "- compared with no other runs"
+    told += "" if own_nats else "\n- tokenizers differ: its nats are bits a byte, told at their bytes a token"
     settings = "\n".join(
         f"| {part}.{key} | {value} |"
         for part in ("shape", "recipe", "pack", "scoring")
@@ -230,8 +244,7 @@ seed {chosen.seed}'s, the median. With requirements.txt installed and the data p
 SEED={chosen.seed} DATA_PATH=data/{chosen.corpus} python train_gpt.py
 ```
 
-Every run was judged by a referee that runs the scorer apart: causality, normalisation, bytes, tokens, time and 11 other
-checks passed (`verdict.json` of each run).
+Every run was judged by a referee that runs the scorer apart: {checked} (`verdict.json` of each run).
 
 | option | value |
 |---|---|

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from golf import charts, folders, records
@@ -313,7 +313,7 @@ def packing(told: Told) -> list[str]:
     bars = [Bar(f"{loops} loops", v, v, v) for loops, v in costs.items()]
     most = max(1e-6, *costs.values())
     return ["<h2>What packing costs</h2>", figure(
-        bar_chart([replace(b, mean=max(0.0, b.mean), low=0.0, high=0.0) for b in bars], most, "bits a byte", "{:.4f}"),
+        bar_chart(bars, most, "bits a byte", "{:+.4f}"),
         "Bits a byte more than before packing, at each number of loops, on a part of the validation text.",
     )]  # fmt: skip
 

@@ -58,4 +58,6 @@ def main(data, out):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or not (Path(sys.argv[1]) / "manifest.json").is_file():
+        sys.exit("error: give a folder of prepared data (python -m golf.prepare builtin) and a folder to write.")
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -61,4 +61,6 @@ def main(data, out, seconds):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4) or not (Path(sys.argv[1]) / "manifest.json").is_file():
+        sys.exit("error: give a folder of prepared data (python -m golf.prepare builtin) and a folder to write.")
     main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]) if len(sys.argv) > 3 else 60.0)
