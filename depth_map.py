@@ -67,7 +67,7 @@ def split(docs: Positional[str], output: Positional[str], formulaic: bool = Fals
     topics = {t.topic for t in texts}
     if lost := topics - {t.topic for t in rest} or topics - {t.topic for t in held}:
         raise UsageError(f"--docs {docs}: no document of topic {min(lost):.60} is on one side of the split, give more.")
-    totals = {topic: sum(size(t) for t in rest if t.topic == topic) for topic in {t.topic for t in rest}}
+    totals = {topic: sum(size(t) for t in rest if t.topic == topic) for topic in topics}
     left, train = dict.fromkeys(totals, min(totals.values())), []
     for text in rest:
         if left[text.topic] > 0:
@@ -117,7 +117,11 @@ def gate(
 
     shape, model = gates.gated(packed)
     corpus.check(shape.vocab_size, record.context)
-    stream = np.concatenate([shard[:GATE_TOKENS] for shard in corpus.shards("train")[:4]])[:GATE_TOKENS]
+    parts, room = [], GATE_TOKENS
+    for shard in corpus.shards("train"):
+        parts.append(shard[:room])
+        room -= parts[-1].size
+    stream = np.concatenate(parts)
     told = gates.train_gate(
         model, stream, record.context, gates.GateOptions(seed, steps, rate, least_gain, label, quantile)
     )  # fmt: skip

@@ -243,14 +243,7 @@ def train(
             with clock.paused():
                 score = validation_score(model, corpus, config, machine)
                 report({"event": "validation", "step": result.steps, "val_loss": score.loss, "val_bpb": score.bpb})
-    if not result.steps and result.status == "complete":
-        result.status, result.reason = "crash", (
-            f"no step ends within {config.train_seconds:g} s, of which {reserve:.1f} s are kept for calibration: give "
-            "a longer --run.cap, or fewer --pack.calibration-batches"
-        )
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
-        result.status, result.reason = "crash", f"weights not finite after step {result.steps}"
-        rollback.take_back()
+    settle(result, rollback, config, reserve)
     if result.steps and result.status != "crash":
         average.install()
     report({
@@ -268,6 +261,18 @@ def train(
         report({"event": "calibrated", "batches": done, "seconds": round(seconds, 2), "reserve": round(reserve, 2)})
     result.peak_memory = peak_memory(machine.device)
     return result
+
+
+def settle(result: Result, rollback: Rollback, config: Config, reserve: float) -> None:
+    """After the last step: weights that are not numbers are taken back, and a run that made no step is no run."""
+    if not all(torch.isfinite(p).all() for p in result.model.parameters()):
+        result.status, result.reason = "crash", f"weights not finite after step {result.steps}"
+        rollback.take_back()
+    elif not result.steps and result.status == "complete":
+        result.status, result.reason = "crash", (
+            f"no step ends within {config.train_seconds:g} s, of which {reserve:.1f} s are kept for calibration: give "
+            "a longer --run.cap, or fewer --pack.calibration-batches"
+        )
 
 
 def validation_score(model: RecurrentGPT, corpus: Corpus, config: Config, machine: Machine) -> Score:

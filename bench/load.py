@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from golf import folders, records
 from golf.bpb import ByteTable
 from golf.contender import taken
 from golf.data import Corpus, write_shard
@@ -47,10 +49,8 @@ def large(corpus: Corpus, tokens: int, target: Path) -> None:
     target.mkdir()
     shutil.copyfile(corpus.tokenizer, target / "tokenizer.model")
     write_shard(target / "val_000000.bin", text)
-    counted = sum(table.count(text[at : at + PART].astype(np.int64), text[at + 1 : at + PART + 1].astype(np.int64))
-                  for at in range(0, text.size - 1, PART) if text[at + 1 : at + PART + 1].size == PART)  # fmt: skip
-    rest = (text.size - 1) // PART * PART
-    counted += table.count(text[rest:-1].astype(np.int64), text[rest + 1 :].astype(np.int64))
+    before, after = text[:-1], text[1:]
+    counted = sum(table.count(before[at : at + PART], after[at : at + PART]) for at in range(0, after.size, PART))
     manifest = json.loads(json.dumps(corpus.manifest)) | {"name": "large", "fingerprint": f"large-{tokens}"}
     manifest["splits"] = {
         "val": {"documents": len(found), "files": ["val_000000.bin"], "tokens": int(text.size),
@@ -58,6 +58,15 @@ def large(corpus: Corpus, tokens: int, target: Path) -> None:
         "train": {"documents": 0, "files": [], "tokens": 0, "counted_bytes": 0},
     }  # fmt: skip
     (target / "manifest.json").write_text(json.dumps(manifest))
+
+
+def without_claims(run: Path, target: Path) -> None:
+    """A copy of a run's counted files whose record says nothing of the text that it was scored on."""
+    target.mkdir()
+    folders.copy_counted(run, target)
+    record = records.read(run)
+    records.write(target, replace(record, val_bytes=None, val_tokens=None, val_bpb=None, val_loss=None,
+                                  corpus_fingerprint=""))  # fmt: skip
 
 
 def follow(command: list[str], limit: float, peaks: dict[str, int]) -> str | None:
@@ -92,7 +101,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="golf-load-") as place:
         data = Path(place) / "data"
         large(Corpus(asked.data), asked.tokens, data)
-        command = [sys.executable, "eval_bpb.py", asked.run, "--data", str(data), "--lift-cap", "--keep",
+        without_claims(Path(asked.run), Path(place) / "run")
+        command = [sys.executable, "eval_bpb.py", str(Path(place) / "run"), "--data", str(data), "--lift-cap", "--keep",
                    str(Path(place) / "kept"), "--json"]  # fmt: skip
         began = time.monotonic()
         said = follow(command, asked.interrupt, peaks)

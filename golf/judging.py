@@ -327,11 +327,12 @@ class Referee:
             far = float(np.abs(blind[n, flip] - given[n, flip]).max())
             self.differ(2, far, f"with another target, the distribution before it in row {rows[n].start} moves")
 
-    def reveal(self, rows: list[Row]) -> None:
-        """Give a scorer that adapts the targets that were just committed."""
-        part = slice(rows[0].new.start, rows[-1].new.stop)
-        self.contender.share = 0.0
-        self.contender.adapt(self.tokens[part].astype(np.int64), self.documents[part].astype(np.int64))
+    def reveal(self, rows: list[Row], contender: Contender | None = None, instead: np.ndarray | None = None) -> None:
+        """Give a scorer that adapts the targets of rows that are committed, or other tokens in their place."""
+        contender, part = contender or self.contender, slice(rows[0].new.start, rows[-1].new.stop)
+        contender.share = 0.0
+        tokens = self.tokens[part] if instead is None else instead
+        contender.adapt(tokens.astype(np.int64), self.documents[part].astype(np.int64))
 
     def finish(self) -> None:
         """Notes, and the one fault that shows only over all rows: worse scores wherever the rest was hidden."""

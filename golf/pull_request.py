@@ -204,7 +204,7 @@ def said_checks(verdicts: list[dict]) -> str:
 
 def readme(
     found: list[Record], chosen: Record, about: About, comparison: stats.Comparison | None, checked: str,
-    own_nats: bool = True,
+    own_nats: bool,
 ) -> str:  # fmt: skip
     """The folder's README: method, command, seeds, significance. Without `own_nats` the comparison's nats are bits a
     byte at the other side's bytes a token."""

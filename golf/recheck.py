@@ -111,16 +111,15 @@ def adapted_only_later(referee: Referee, fresh: Contender, stretches: list[list[
             found = max(found, float(np.abs(scores[0, row.first :] - ledger.scores[row.new]).max()))
         return found
 
-    part = slice(first[0].new.start, first[-1].new.stop)
-    noise = referee.rng.choice(referee.stock, part.stop - part.start).astype(np.int64)
+    noise = referee.rng.choice(referee.stock, first[-1].new.stop - first[0].new.start)
     limit = AGREE[referee.submission.precision]
     fresh.reset()
     before = difference(first)
-    fresh.adapt(noise, referee.documents[part])
+    referee.reveal(first, fresh, noise)
     moved = difference(later)
     fresh.reset()
     again = difference(first)
-    fresh.adapt(referee.tokens[part].astype(np.int64), referee.documents[part])
+    referee.reveal(first, fresh)
     same = difference(later)
     later_unseen(referee, fresh, stretches)
     sheet.see(5, before <= limit, f"the first rows score {before:.1e} nats off in a fresh process")
@@ -142,8 +141,7 @@ def later_unseen(referee: Referee, fresh: Contender, stretches: list[list[Row]])
     number = int(referee.rng.integers(2, last + 1))
     fresh.reset()
     for rows in stretches[:number]:
-        part = slice(rows[0].new.start, rows[-1].new.stop)
-        fresh.adapt(referee.tokens[part].astype(np.int64), referee.documents[part].astype(np.int64))
+        referee.reveal(rows, fresh)
     usual = max(r.length for r in stretches[number])
     rows = [r for r in stretches[number] if r.length == usual]
     referee.ask_unseen([rows[int(n)] for n in referee.rng.permutation(len(rows))[:UNSEEN_ROWS]], fresh)
