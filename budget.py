@@ -172,9 +172,10 @@ def fit(config: Config, machine: str, widths: range, uniques: list[int], loops: 
 
 
 FIT_NOTES = """\
-Every row fills the cap: a narrower model gets a finer grid. A looped block costs no bytes but all of its time, so
-steps_unlooped is what the same bytes would be trained for without loops. What a coarser grid costs in score is not
-predicted here: pack a trained model with `artifact.py pack --target-bytes` to see."""
+A narrower model gets a finer grid, down to the finest that there is; from there on the cap is not filled. A looped
+block costs no bytes but all of its time, so steps_unlooped is what the same bytes would be trained for without loops.
+What a coarser grid costs in score is not predicted here: pack a trained model with `artifact.py pack --target-bytes`
+to see."""
 
 
 def fit_command(arguments: list[str]) -> int:
@@ -264,9 +265,19 @@ def main() -> int:
     if as_json:
         print(json.dumps(result))
     else:
-        for key, value in result.items():
-            print(f"{key}: {value:,}" if type(value) is int else f"{key}: {value}")
+        show_plan(result)
     return 0 if result["fits"] else 1
+
+
+def show_plan(result: dict) -> None:
+    """A plan for people, one value a line."""
+    for key, value in result.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for part, number in parts:
+            name = f"{key}.{part}" if part else key
+            print(f"{name}: {number:,}" if type(number) is int else f"{name}: {number}")
+    if result["machine"] != "this":
+        print("python budget.py measure times this machine, for its own steps")
 
 
 if __name__ == "__main__":

@@ -342,7 +342,10 @@ def with_exit(arguments: JudgeArguments, stack: contextlib.ExitStack) -> Path:
         raise UsageError(f"--exit {arguments.exit:.60}: give one of {names}.")
     place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="golf-exit-")))
     source = Path(arguments.folder)
-    rescored(source, place / source.name, {"exit": arguments.exit, "exit_threshold": arguments.threshold})
+    try:
+        rescored(source, place / source.name, {"exit": arguments.exit, "exit_threshold": arguments.threshold})
+    except UsageError as error:
+        raise UsageError(str(error).replace("--exit-threshold", "--threshold")) from error
     return place / source.name
 
 

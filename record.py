@@ -79,6 +79,8 @@ def show(folder: Positional[str], json: bool = False) -> int:
         folder: A run folder.
         json: Print the whole record as one JSON object.
     """
+    if not (Path(folder) / "submission.json").exists() and (Path(folder) / "log.jsonl").exists():
+        return show_unfinished(run_list.one(Path(folder)), json)
     record, verdict = records.read(Path(folder)), records.read_verdict(Path(folder))
     if json:
         print(dumps(record.as_dict() | {"verdict": verdict}))
@@ -90,12 +92,20 @@ def show(folder: Positional[str], json: bool = False) -> int:
         values[f"packing costs at {loops} loops"] = f"{bpb:+.5f} bpb"
     for key, value in values.items():
         print(f"{key}: {value:,}" if type(value) is int else f"{key}: {value}")
-    if verdict:
-        passed = sum(c["status"] == "passed" for c in verdict["checks"])
-        said = "valid" if verdict["valid"] else f"INVALID, {verdict['invalid']}"
-        print(f"verdict: {said} ({passed} of {len(verdict['checks'])} checks passed)")
-    else:
-        print("verdict: none; python eval_bpb.py judges it")
+    for seed, told in record.seed_results().items():
+        print(f"seed {seed}: {told}")
+    print(f"verdict: {records.said_verdict(verdict)}")
+    return 0
+
+
+def show_unfinished(run: run_list.Started, json: bool) -> int:
+    """A run that left no record: how far it came, and whether it can go on."""
+    if json:
+        print(dumps(run.row()))
+        return 0
+    print(f"name: {run.folder.name}\nstatus: {run.status}" + (f" ({run.reason})" if run.reason else ""))
+    if run.status != "running" and run_list.resumable(run.folder):
+        print(f"go on: the command that it was begun with, and --run.resume {run.folder}")
     return 0
 
 
@@ -123,7 +133,7 @@ def compare(
     ours, theirs = run_list.sides([Path(f) for f in folders], [Path(f) for f in against], mixed)
     nats, their_nats, own = run_list.losses(ours, theirs)
     found = stats.compare(nats, [r.val_bpb for r in ours], their_nats, [r.val_bpb for r in theirs], planned)
-    left_out = run_list.others([Path(f) for f in (*folders, *against)], {r.fingerprint for r in (*ours, *theirs)})
+    left_out = run_list.others([Path(f) for f in (*folders, *against)])
     if json:
         told = asdict(found) | {"meets_rule": found.meets_rule, "meets_practice": found.meets_practice}
         print(dumps(told | {"left_out": [run.row() for run in left_out]}))
@@ -180,7 +190,7 @@ def leaderboard(runs: str = "runs") -> int:
     write_bytes(folder / "LEADERBOARD.md", text.encode())
     print(text, end="")
     for run in run_list.started(folder):
-        if run.record is None:
+        if run.record is None or run.status == "invalid":
             print(f"left out: {run.folder.name}: {run.status} {run.reason}".rstrip(), file=sys.stderr)
     return 0
 
@@ -210,7 +220,7 @@ def submit(
     about = pull_request.About(name, author, github_id, blurb, hardware)
     target = pull_request.submit([Path(f) for f in folders], about, Path(root), [Path(f) for f in against])
     print(f"written: {target}")
-    for run in run_list.others([Path(f) for f in folders], {records.read(Path(folders[0])).fingerprint}):
+    for run in run_list.others([Path(f) for f in folders]):
         print(f"left out, of the same configuration: {run.folder.name} ({run.status})", file=sys.stderr)
     return verified(target, data, False) if verify else 0
 
@@ -266,7 +276,10 @@ RAISED = str.maketrans("0123456789", "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076
 
 @dataclass(frozen=True)
 class SampleArguments:
-    """Continue a text with a packed model, each token followed by the loops that were spent to predict it."""
+    """Continue a text with a packed model, each token followed by the loops that were spent to predict it.
+
+    Without --exit it scores as it was judged; depth_map.py map, which compares depths, asks for a rule instead.
+    """
 
     folder: tyro.conf.Positional[str]
     """A run folder."""

@@ -369,10 +369,11 @@ def main() -> int:
                 result.model.cpu()  # the scorer needs the device's memory
                 if machine.device.type == "cuda":
                     torch.cuda.empty_cache()
+                log.write({"event": "judging"})
                 record = records.judged(folder, record, Path(config.run.data))
             if record.status == "complete":
                 keeper.clear()
-            log.close_with(record)
+            log.close_with(record, records.said_verdict(records.read_verdict(folder)))
             report.write(folder)
             if config.run.track == "trackio":
                 track.mirror(folder, config)

@@ -54,6 +54,16 @@ def table(folder: Path) -> str:
     return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
 
 
+def asked(words: list[str]) -> bool:
+    """Whether to write. Raises UsageError."""
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        sys.exit(0)
+    if other := [word for word in words if word != "--write"]:
+        raise UsageError(f"{other[0]}: give --write or nothing; README names the folders.")
+    return bool(words)
+
+
 def main(write: bool) -> int:
     path = ROOT / "README.md"
     said = path.read_text("utf-8")
@@ -68,4 +78,4 @@ def main(write: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(lambda: main("--write" in sys.argv[1:])))
+    sys.exit(run_script(lambda: main(asked(sys.argv[1:]))))

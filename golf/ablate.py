@@ -28,14 +28,17 @@ each kind of step took when all variants were timed in turn (FILE.pace.json): it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -92,9 +95,10 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
             )
         pin(cpus or [], process.pid)
         load = Load(process)
-        while process.poll() is None:
-            load.look()
-            time.sleep(1.0)
+        with ending_with_us():
+            while process.poll() is None:
+                load.look()
+                time.sleep(1.0)
         told = (Path(place) / "said").read_text("utf-8", "replace").strip().splitlines() or ["no word"]
         found = list(Path(place).glob("*/submission.json"))
         row = {
@@ -117,6 +121,18 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
         "train_loss",
     )  # fmt: skip
     return {**row, **{key: record.get(key) for key in kept}}
+
+
+@contextlib.contextmanager
+def ending_with_us() -> Iterator[None]:
+    """Where this process is asked to end, its runs and their judges end first."""
+    try:
+        yield
+    except BaseException:
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        raise
 
 
 def with_paces(plan: Plan, results: Path, cpus: list[int] | None = None) -> Plan:
@@ -190,6 +206,12 @@ def plan_of(arguments: Arguments) -> tuple[Plan, Path]:
         return read_plan(path), Path(arguments.results or path.with_suffix(".jsonl"))
     if not arguments.results:
         raise UsageError("Name a plan (FILE.toml), or a file of rows with --results beside --preset and --variants.")
+    for option in ("preset", "amount", "variants"):
+        if not getattr(arguments, option):
+            raise UsageError(f"--{option}: give it, or name a plan (FILE.toml).")
+    for variant in arguments.variants:
+        if "=" not in variant:
+            raise UsageError(f"--variants {variant:.60}: give NAME=FLAGS, as control= for no flags.")
     named = [variant.partition("=") for variant in arguments.variants]
     values = {name: getattr(arguments, name) for name in ("preset", "data", "equal", "amount", "judge")}
     names = [name for name, _, _ in named]
@@ -205,6 +227,7 @@ def plan_of(arguments: Arguments) -> tuple[Plan, Path]:
 
 def main() -> int:
     arguments = parse(tyro.cli, Arguments, prog="python -m golf.ablate")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if arguments.space:
         from golf import search
 
@@ -244,7 +267,8 @@ def side_by_side(plan: Plan, part: list[tuple[str, int]], cores: list[int]) -> l
     with ThreadPoolExecutor(2) as pool:
         halves = (cores[:half], cores[half : 2 * half])
         jobs = [pool.submit(run_one, plan, *one, mine) for one, mine in zip(part, halves, strict=False)]
-        rows = [job.result() for job in jobs]
+        with ending_with_us():
+            rows = [job.result() for job in jobs]
     total = sum(r["cpu_share"] for r in rows)
     return [{**r, "cpu_share": round(total, 4)} for r in rows]
 

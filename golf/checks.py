@@ -65,16 +65,18 @@ def check_gate(shape: Shape, recipe: Recipe, run: Run) -> None:
     require(abs(recipe.gate_bias) <= 100, "recipe.gate_bias", recipe.gate_bias, "give -100 to 100")
 
 
-def check_threshold(rule: str, threshold: float, shape: Shape) -> None:
-    """Raise UsageError for a threshold that its rule cannot take, or a rule that the shape cannot follow."""
+def check_threshold(rule: str, threshold: float, shape: Shape, part: str = "") -> None:
+    """Raise UsageError for a threshold that its rule cannot take, or a rule that the shape cannot follow; `part` is
+    what the options' names begin with."""
+    name = f"{part}exit_threshold" if part else "threshold"
     loops, gate = shape.loops, shape.exit_gate
-    require(rule != "gate" or gate != "none", "scoring.exit", rule, "the model has no gate, give another rule")
+    require(rule != "gate" or gate != "none", f"{part}exit", rule, "the model has no gate, give another rule")
     fits = rule == "gate" or gate != "act"
-    require(fits, "scoring.exit", rule, "the model mixes its passes by its own gate, give gate")
+    require(fits, f"{part}exit", rule, "the model mixes its passes by its own gate, give gate")
     least, most = int(rule == "fixed"), {"fixed": loops, "random": 1.0, "margin": 1.0, "gate": 1.0}.get(rule, 1e6)
     whole = rule != "fixed" or threshold in range(1, loops + 1)
     way_out = f"{rule} takes {least} to {most:g}"
-    require(0 <= threshold <= most and whole, "scoring.exit_threshold", f"{threshold:g}", way_out)
+    require(0 <= threshold <= most and whole, name, f"{threshold:g}", way_out)
 
 
 def check_pace(shape: Shape, recipe: Recipe, run: Run) -> None:
@@ -155,7 +157,7 @@ def check_scoring(scoring: Scoring, context: int, shape: Shape) -> None:
     """Raise UsageError for a model of this shape that cannot be asked so."""
     if scoring.exit != "none":
         check_exits(shape)
-        check_threshold(scoring.exit, scoring.exit_threshold, shape)
+        check_threshold(scoring.exit, scoring.exit_threshold, shape, "scoring.")
         require(not scoring.isolate, "scoring.isolate", True, "tokens that stop see their whole row")
         require(scoring.adapt_rank == 0, "scoring.adapt_rank", scoring.adapt_rank, "give 0 where tokens stop")
     still = shape.exit_gate != "act" or not (scoring.isolate or scoring.adapt_rank)

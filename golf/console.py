@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import os
 import re
@@ -67,6 +68,14 @@ def fold(box: str) -> str:
     words = re.sub(r"[\u2500-\u257f]+", " ", words)
     words = re.sub(r"\s+", " ", words)
     words = re.sub(r"Argument helptext:.*|For full helptext.*|Error parsing ", "", words)
+    if unknown := re.search(r"Unrecognized options: (\S+?),? .*?Available subcommands: ([^;]*)", words):
+        names = unknown[2].strip().rstrip(".").split(", ")
+        near = difflib.get_close_matches(unknown[1], names, 1)
+        perhaps = f"; perhaps you meant {near[0]}" if near else ""
+        return f"{unknown[1]} is none of {', '.join(names)}{perhaps}; see --help."
+    for told, kind in (("invalid literal for int\\(\\) with base 10", "a whole number"),
+                       ("could not convert string to float", "a number")):  # fmt: skip
+        words = re.sub(rf"(--\S+): {told}: '([^']*)'", rf"\1 \2: give {kind}", words)
     words = re.sub(r"(Perhaps you meant: (--\S+)).*", r"\1", words)
     return words.strip().rstrip(".") + "; see --help."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from golf import records
 from golf.block import Given
 from golf.bpb import ByteTable
 from golf.checks import check_exits
@@ -39,10 +41,22 @@ def load(folder: Path, exit: str, threshold: float) -> tuple[RecurrentGPT, ByteT
     rule = make_rule(exit, threshold, shape) if exit != "none" else None
     if rule:
         check_exits(shape)
-    table = ByteTable(folder / "tokenizer.model")
+    table = ByteTable(tokenizer_of(folder))
     if table.vocab_size != shape.vocab_size:
         raise UsageError(f"{folder}: the tokenizer has {table.vocab_size} pieces, the model {shape.vocab_size}.")
     return model, table, rule
+
+
+def tokenizer_of(folder: Path) -> Path:
+    """A run folder's tokenizer; of one that was kept without it, that of the prepared data it was trained on. Raises
+    UsageError where neither is its."""
+    if (folder / "tokenizer.model").exists():
+        return folder / "tokenizer.model"
+    record = records.read(folder)
+    other = Path("data") / Path(record.corpus).name / "tokenizer.model"
+    if not other.exists() or hashlib.sha256(other.read_bytes()).hexdigest() != record.tokenizer_sha256:
+        raise UsageError(f"{folder}: it was kept without its tokenizer, copy tokenizer.model of {record.corpus} there.")
+    return other
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from golf.bpb import ByteTable
 from golf.checks import check_exits
+from golf.decode import tokenizer_of
 from golf.errors import UsageError
 from golf.exits import Rule, make_rule, run_exits
 from golf.map_page import Spot
@@ -54,7 +55,7 @@ def load(folder: Path) -> Looped:
         check_exits(model.shape)
     except UsageError as error:
         raise UsageError(f"{folder}: {error}") from error
-    return Looped(model, ByteTable(folder / "tokenizer.model"), max(record.context, 2), folder.name)
+    return Looped(model, ByteTable(tokenizer_of(folder)), max(record.context, 2), folder.name)
 
 
 @dataclass

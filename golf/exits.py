@@ -139,7 +139,7 @@ def make_rule(name: str, threshold: float, shape: Shape) -> Rule:
     """A rule by name. Raises UsageError for a name or threshold that is none, or that a shape cannot follow."""
     if name not in RULES:
         known = ", ".join(RULES)
-        raise UsageError(f"--scoring.exit {name:.60}: give one of {known}.")
+        raise UsageError(f"--exit {name:.60}: give one of {known}.")
     check_threshold(name, threshold, shape)
     return FixedDepth(int(threshold)) if name == "fixed" else RULES[name](threshold)
 

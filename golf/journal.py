@@ -132,9 +132,9 @@ class Journal:
                 print(f"the log cannot be written ({error.strerror}); the run goes on", file=sys.stderr, flush=True)
             self.full = True
 
-    def close_with(self, record: object) -> None:
-        """Log the finished record and print its closing block."""
+    def close_with(self, record: object, verdict: str) -> None:
+        """Log the finished record and print its closing block, and what the referee says."""
         self.write({"event": "record", **record.as_dict()})
         self.show(self.shown.close)
-        block = "\n".join(f"{key}: {value}" for key, value in record.closing().items())
+        block = "\n".join(f"{key}: {value}" for key, value in (record.closing() | {"verdict": verdict}).items())
         self.show(lambda: print(block, flush=True))

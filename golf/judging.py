@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BUFFER_BYTES = 64 << 20  # log-probabilities asked for at a time
 SCORED_TOKENS = 32_768  # tokens in a batch of a scorer that gives one number a target
+TELL_EVERY = 30.0  # seconds between two lines about a scoring that nobody watches on a terminal
 SUMS_TO_ONE = 1e-3  # how far probabilities may sum from 1
 SAME = {False: 0.0, True: 1e-4}  # nats by which blind and committed scores may differ; where shapes depend on content
 AGREE = {"float32": 1e-4, "bfloat16": 5e-2}  # nats between score() and logprobs()
@@ -372,14 +373,18 @@ def stock_tokens(validation: Validation) -> np.ndarray:
 
 
 def tell_progress(total: int, limits: Limits) -> Callable[[int], None]:
-    """Scored tokens and time left, on a terminal only."""
-    if not sys.stderr.isatty():
-        return lambda done: None
-    began = time.monotonic()
+    """Scored tokens and time left: one line that stays in place on a terminal, a line now and then elsewhere."""
+    terminal = sys.stderr.isatty()
+    start = "\r" if terminal else ""
+    began = told = time.monotonic()
 
     def tell(done: int) -> None:
-        left = (time.monotonic() - began) / done * (total - done)
-        end = "\n" if done >= total else ""
-        print(f"\rscored {done:,} of {total:,} tokens, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+        nonlocal told
+        if not terminal and time.monotonic() - told < TELL_EVERY:
+            return
+        told = time.monotonic()
+        left = (told - began) / done * (total - done)
+        end = "\n" if done >= total or not terminal else ""
+        print(f"{start}scored {done:,} of {total:,} tokens, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
 
     return tell

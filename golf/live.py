@@ -111,6 +111,8 @@ def told(state: State, row: dict) -> str | None:
         return f"before packing: val_loss {row['val_loss']:.5f}  val_bpb {row['val_bpb']:.5f}"
     if event == "penalty":
         return "packing costs, bpb: " + ", ".join(f"{loops} loops {bpb:+.5f}" for loops, bpb in row["bpb"].items())
+    if event == "judging":
+        return "judging the artifact in a process of its own"
     if event == "failed":
         return f"failed: {row['error']}"
     return None

@@ -130,7 +130,7 @@ def about(config: Config) -> str:
 
 def flags_of(config: Config) -> list[str]:
     """The command-line flags that turn the configuration's preset into it."""
-    flags = []
+    flags = ["--track", config.track] if config.track != PRESETS[config.preset].track else []
     for part in ("shape", "recipe", "pack", "scoring", "run"):
         ours, usual = getattr(config, part), getattr(PRESETS[config.preset], part)
         for field in fields(ours):

@@ -45,8 +45,7 @@ class About:
 
 def ready(runs: list[Path]) -> list[Record]:
     """The records of runs that may be submitted together. Raises UsageError naming the first reason why not."""
-    if len(runs) < LEAST_SEEDS:
-        raise UsageError(f"submit: {len(runs)} runs, give {LEAST_SEEDS} or more, each of another seed.")
+    require_seeds(runs)
     found = run_list.sides(runs, runs, mixed=False)[0]
     for folder, record in zip(runs, found, strict=True):
         told = records.read_verdict(folder)
@@ -65,11 +64,18 @@ def ready(runs: list[Path]) -> list[Record]:
     return found
 
 
+def require_seeds(runs: list[Path]) -> None:
+    """Raise UsageError where there are too few runs."""
+    if len(runs) < LEAST_SEEDS:
+        raise UsageError(f"submit: {len(runs)} runs, give {LEAST_SEEDS} or more, each of another seed.")
+
+
 def submit(runs: list[Path], about: About, root: Path, against: list[Path]) -> Path:
     """Write ROOT/TRACK/DATE_Name/ from runs, and lint it; nothing is left when something is found. Returns the folder.
 
     The artifact is that of the run whose score is the median. Raises UsageError.
     """
+    require_seeds(runs)
     if not re.fullmatch(r"[\w .+-]{1,80}", about.name) or about.name.strip(". ") == "":
         raise UsageError(f"--name {about.name!r:.60}: give letters, digits, spaces, . + - and _.")
     for option in ("author", "github_id"):
@@ -108,7 +114,9 @@ def submit(runs: list[Path], about: About, root: Path, against: list[Path]) -> P
         chosen_record = next(r for run, r in zip(runs, found, strict=True) if run == chosen)
         checked = said_checks([records.read_verdict(run) for run in runs])
         values = submission(found, chosen_record, about, date, comparison)
-        write_bytes(folder / "README.md", readme(found, chosen_record, about, comparison, checked, own).encode())
+        readable = "; `source/` holds the same code readable" if (folder / "source").is_dir() else ""
+        told = readme(found, chosen_record, about, comparison, checked, own, readable)
+        write_bytes(folder / "README.md", told.encode())
         values["files_sha256"] = {name: sha for name, sha in hashes(folder).items() if name != "submission.json"}
         write_bytes(folder / "submission.json", json.dumps(values, indent=1).encode() + b"\n")
         if findings := lint.lint(folder):
@@ -202,9 +210,14 @@ def said_checks(verdicts: list[dict]) -> str:
     return f"{told}; not run: {', '.join(left)}" if left else told
 
 
+def plain(text: str) -> str:
+    """A person's words as Markdown that means nothing but them."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
+
+
 def readme(
     found: list[Record], chosen: Record, about: About, comparison: stats.Comparison | None, checked: str,
-    own_nats: bool,
+    own_nats: bool, readable: str,
 ) -> str:  # fmt: skip
     """The folder's README: method, command, seeds, significance. Without `own_nats` the comparison's nats are bits a
     byte at the other side's bytes a token."""
@@ -221,12 +234,13 @@ def readme(
         for part in ("shape", "recipe", "pack", "scoring")
         for key, value in (chosen.config.get(part) or {}).items()
     )
-    return f"""# {about.name}
+    return f"""# {plain(about.name)}
 
-{about.blurb or chosen.blurb}
+{plain(about.blurb or chosen.blurb)}
 
-By {about.author} ({about.github_id}). Mean of {len(found)} seeds: **{statistics.mean(bpb):.4f} bits a byte** (sd \
-{statistics.stdev(bpb):.4f}), {statistics.mean(loss):.4f} nats a token (sd {statistics.stdev(loss):.4f}); largest \
+By {plain(about.author)} ({plain(about.github_id)}). Mean of {len(found)} seeds: \
+**{statistics.mean(bpb):.4f} bits a byte** (sd {statistics.stdev(bpb):.4f}), \
+{statistics.mean(loss):.4f} nats a token (sd {statistics.stdev(loss):.4f}); largest \
 submission {max(r.bytes_total for r in found):,} of {chosen.cap:,} bytes.
 
 | seed | val_bpb | val_loss | before packing, bpb | bytes | steps | training s | scoring s |
@@ -237,7 +251,7 @@ submission {max(r.bytes_total for r in found):,} of {chosen.cap:,} bytes.
 
 ## Run it
 
-`train_gpt.py` trains, packs and scores; `source/` holds the same code readable. The artifact here, `model.bin`, is
+`train_gpt.py` trains, packs and scores{readable}. The artifact here, `model.bin`, is
 seed {chosen.seed}'s, the median. With requirements.txt installed and the data prepared:
 
 ```
@@ -267,6 +281,7 @@ def verify(folder: Path, data: str, tell: Callable[[str], None]) -> dict:
         faults.append("model.bin: hash mismatch, it is not the artifact that the record tells of")
     for fault in faults:
         tell(fault)
+    tell("judging the folder's own scorer in a process apart")
     command = [sys.executable, str(ROOT / "eval_bpb.py"), str(folder), "--json", *(["--data", data] if data else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from golf.files import write_bytes
 from golf.folders import sizes
 from golf.log_file import PARTS, read_log
 from golf.pace import step_flops
+from golf.presets import PRESETS, flags_of
 from golf.recipe import Pack, Recipe, Run, Scoring
 from golf.shape import Shape
 
@@ -109,6 +111,13 @@ class Record:
         fits = type(score) in (int, float) and abs(score) < 1 << 63  # also no nan
         return float(score) if fits else self.val_bpb
 
+    def seed_results(self) -> dict[str, str]:
+        """Of a submission of several seeds, what each is said to score."""
+        told = self.extra.get("seed_results")
+        each = told.items() if isinstance(told, dict) else ()
+        return {seed: f"{one.get('val_bpb')} bpb, {one.get('artifact_bytes')} bytes, {one.get('steps')} steps"
+                for seed, one in each if isinstance(one, dict)}  # fmt: skip
+
     def as_dict(self) -> dict:
         """The JSON object, strangers' keys after ours."""
         values = asdict(self)
@@ -185,6 +194,15 @@ def read_verdict(folder: Path) -> dict | None:
         return None
 
 
+def said_verdict(verdict: dict | None) -> str:
+    """A verdict in a line."""
+    if not verdict:
+        return "none; python eval_bpb.py judges it"
+    passed = sum(c["status"] == "passed" for c in verdict["checks"])
+    said = "valid" if verdict["valid"] else f"INVALID, {verdict['invalid']}"
+    return f"{said} ({passed} of {len(verdict['checks'])} checks passed)"
+
+
 def write(folder: Path, record: Record) -> None:
     """Write submission.json and README.md, types checked."""
     values = asdict(record)
@@ -206,6 +224,9 @@ def create_folder(folder: Path) -> None:
     """Make the run folder; one that exists is refused. Raises UsageError."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run.runs {folder.parent}: it cannot be a folder ({error.strerror}), name one.") from error
+    try:
         folder.mkdir()
         (folder / ".probe").touch()
         (folder / ".probe").unlink()
@@ -227,9 +248,20 @@ def config_of(record: Record) -> Config:
         raise UsageError(
             f"{record.name}: its record has no {error}; it is older than this program or not its own."
         ) from error
-    if config.track not in TRACKS:
-        raise UsageError(f"{record.name}: the track {config.track!r:.60} is unknown.")
+    if config.track not in TRACKS or config.preset not in PRESETS:
+        raise UsageError(f"{record.name}: the track {config.track!r:.60} or preset {config.preset!r:.60} is unknown.")
     return config.check()
+
+
+def flags_like(record: Record) -> list[str]:
+    """The flags that make a run like this one, wherever its folder is and whatever it was called."""
+    try:
+        config = config_of(record)
+    except UsageError:  # of an older program, or a stranger's
+        return ["--run.seed", str(record.seed), "--run.data", f"data/{record.corpus}"]
+    usual = Run()
+    return flags_of(replace(config, run=replace(
+        config.run, name=usual.name, runs=usual.runs, resume=usual.resume, track=usual.track)))  # fmt: skip
 
 
 def write_checkpoint(folder: Path, result: object) -> None:
@@ -321,13 +353,13 @@ def readme(folder: Path, record: Record) -> str:
     rows = "\n".join(f"| {key} | {value} |" for key, value in record.closing().items() if key != "record")
     shape, recipe = record.config.get("shape", {}), record.config.get("recipe", {})
     settings = "\n".join(f"| {key} | {value} |" for key, value in {**shape, **recipe}.items())
-    command = f"SEED={record.seed} DATA_PATH=data/{record.corpus} python train_gpt.py {record.preset}"
+    command = " ".join(["python train_gpt.py", record.preset, *map(shlex.quote, flags_like(record))])
     return (
         f"# {record.name}\n\n{record.blurb}. Track `{record.track}`, corpus `{record.corpus}` "
         f"({record.corpus_fingerprint}), seed {record.seed}, status {record.status}.\n\n"
         f"| result | value |\n|---|---|\n{rows}\n\n"
         f"Before packing: val_loss {record.unpacked_val_loss}, val_bpb {record.unpacked_val_bpb}.\n\n"
-        f"From a checkout: `{command}` with the settings below; the packed model is scored by "
+        f"From a checkout: `{command}`; the packed model is scored by "
         f"`python eval_bpb.py {folder}`.\n\n"
         f"| setting | value |\n|---|---|\n{settings}\n"
     )

@@ -27,6 +27,7 @@ STYLE = charts.STYLE + """
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+.passed, .failed { white-space: nowrap; }
 .passed::before { content: "\\2713  "; color: var(--three); }
 .failed::before { content: "\\2717  "; color: var(--two); }
 .good { color: var(--three); } .bad { color: var(--two); font-weight: 600; }
@@ -99,7 +100,7 @@ def page(told: Told, other: Told | None = None) -> str:
     ]
     if other:
         name = html.escape(other.record.name or other.folder.name)
-        parts += [f"<h2>Against {name}</h2>", differences(told, other)]
+        parts += [f"<h2>Against {name}</h2>", warning(record, other.record), differences(told, other)]
     both = [told, other] if other else [told]
     parts += [*learning(both), *pace(both), *health(told), *bytes_of(told), *packing(told), *verdict(told)]
     parts += origin(told)
@@ -141,11 +142,21 @@ def figure(svg: str, caption: str) -> str:
     return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" if svg else ""
 
 
+def warning(ours: Record, theirs: Record) -> str:
+    """What makes two runs' scores no comparison."""
+    odd = [name for name, a, b in (
+        ("texts", ours.corpus_fingerprint, theirs.corpus_fingerprint), ("tracks", ours.track, theirs.track),
+        ("caps", ours.cap, theirs.cap)) if a != b]  # fmt: skip
+    return f'<p class="bad">The runs are of different {" and ".join(odd)}: scores compare nothing.</p>' if odd else ""
+
+
 def differences(told: Told, other: Told) -> str:
     """Results side by side, and every option that differs."""
 
-    def shown(value: object) -> str:
-        return f"{value:,.5g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+    def shown(value: object, sign: str = "") -> str:
+        if isinstance(value, float):
+            return f"{value:{sign},.1f}" if abs(value) >= 1e4 else f"{value:{sign},.5g}"
+        return f"{value:{sign},}" if type(value) is int else str(value)
 
     rows = []
     for key in DIFFERENCES:
@@ -153,7 +164,7 @@ def differences(told: Told, other: Told) -> str:
         if ours is None and theirs is None:
             continue
         change = ours - theirs if ours is not None and theirs is not None else None
-        rows.append((key, shown(ours), shown(theirs), "-" if change is None else f"{change:+,.5g}"))
+        rows.append((key, shown(ours), shown(theirs), "-" if change is None else shown(change, "+")))
     result = table(("result", "this run", "the other", "difference"), rows)
     settings = []
     for part in ("shape", "recipe", "pack", "scoring", "run"):

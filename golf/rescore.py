@@ -30,9 +30,15 @@ def rescored(
     """Copy a run folder to `target` with these fields of its Scoring changed, in artifact and record, whose own are
     given where they differ from the folder's; what was judged before is left out. Raises UsageError."""
     record, data = record or records.read(source), data or read_artifact(source)
-    shape, note = read_header(data)[:2]
+    try:
+        shape, note = read_header(data)[:2]
+    except UsageError as error:
+        raise UsageError(f"{source}/model.bin: {error}") from error
     scoring = replace(fields_from_dict(Scoring, note.get("scoring", {}), "artifact's scoring"), **changes)
-    check_scoring(scoring, record.context, shape)
+    try:
+        check_scoring(scoring, record.context, shape)
+    except UsageError as error:  # whose options are not called as in training
+        raise UsageError(str(error).replace("--scoring.", "--")) from error
     if target.exists():
         raise UsageError(f"{target} exists already, name another folder.")
     shutil.copytree(source, target)

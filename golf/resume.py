@@ -223,6 +223,8 @@ def resumed(config: Config) -> tuple[Path, Config]:
     """The run folder that --run.resume names, and the configuration with the number type it was begun with, which a
     machine chooses by a measurement. Raises UsageError for a run that has ended, or is none."""
     folder = Path(config.run.resume)
+    if config.run.name:
+        raise UsageError(f"--run.name {config.run.name}: a run that goes on keeps its folder's name, leave it out.")
     if not (folder / "log.jsonl").exists():
         raise UsageError(f"--run.resume {folder}: it is no run folder.")
     if (folder / "submission.json").exists() and (status := records.read(folder).status) in ("complete", "invalid"):

@@ -18,7 +18,8 @@ from scipy import stats as scipy_stats
 
 from golf import records, run_list, stats
 from golf.errors import UsageError
-from golf.presets import PRESETS
+from golf.log_file import lock
+from golf.presets import PRESETS, parse_command_line
 from tests.conftest import ROOT, run
 
 
@@ -131,9 +132,13 @@ def test_other_tokenizers_are_compared_in_bits_a_byte(tmp_path):
 def test_a_run_that_was_lost_is_named_as_left_out(tmp_path):
     ours, theirs = seeds(tmp_path, "ours", [2.0, 2.1]), seeds(tmp_path, "theirs", [2.2, 2.3])
     (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / "log.jsonl").write_text('{"event": "start", "fingerprint": "f0"}\n')
+    told = '{"event": "start", "fingerprint": "f0", "corpus": {"fingerprint": "c0"}, "config": {"run": {"cap": CAP}}}\n'
+    (tmp_path / "killed" / "log.jsonl").write_text(told.replace("CAP", "0"))
+    (tmp_path / "shorter").mkdir()
+    (tmp_path / "shorter" / "log.jsonl").write_text(told.replace("CAP", "5"))  # another experiment
+    folder_of(tmp_path, "elsewhere", corpus_fingerprint="c1", seed=9)
     done = run("record.py", "compare", *ours, "--against", *theirs)
-    assert "killed (lost)" in done.stderr
+    assert done.stderr.splitlines() == ["left out, of the same configurations: killed (lost)"]
 
 
 @pytest.mark.parametrize(("text", "said"), [
@@ -241,6 +246,45 @@ def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, command):
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and re.fullmatch(r"error: \S+(html|md): File too large\.\n", done.stderr), done.stderr
     assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+def test_what_the_referee_calls_invalid_is_never_ranked_or_compared(tmp_path):
+    good, bad = folder_of(tmp_path, "good"), folder_of(tmp_path, "bad", val_bpb=0.9, seed=2)
+    (bad / "verdict.json").write_text('{"valid": false, "invalid": "it looks ahead", "checks": []}')
+    row = {r["run"]: r for r in json.loads(run("record.py", "list", "--runs", tmp_path, "--json").stdout)}["bad"]
+    assert (row["status"], row["reason"], row["val_bpb"]) == ("invalid", "it looks ahead", None)
+    board = run("record.py", "leaderboard", "--runs", tmp_path)
+    assert "good" in board.stdout and "bad" not in board.stdout and "bad: invalid it looks ahead" in board.stderr
+    done = run("record.py", "compare", good, "--against", bad)
+    assert done.returncode == 2 and "no valid score (invalid)" in done.stderr
+
+
+def test_a_run_that_is_being_judged_is_running(tmp_path):
+    folder = folder_of(tmp_path, "packed", val_bpb=None, val_loss=None)
+    with open(folder / "log.jsonl", "a") as log:
+        assert lock(log)
+        assert run_list.one(folder).status == "running"
+    assert run_list.one(folder).status == "complete"
+
+
+def test_a_run_that_can_go_on_is_said_to_and_kept(tmp_path):
+    (tmp_path / "lost" / "states").mkdir(parents=True)
+    (tmp_path / "lost" / "log.jsonl").write_text('{"event": "step", "step": 7}\n')
+    (tmp_path / "lost" / "states" / "000000005.safetensors").write_bytes(b"x")
+    shown = run("record.py", "show", tmp_path / "lost").stdout
+    assert "status: lost (the log ends at step 7)" in shown and "--run.resume" in shown
+    assert json.loads(run("record.py", "show", tmp_path / "lost", "--json").stdout)["status"] == "lost"
+    assert run_list.leftovers(tmp_path) == []
+
+
+def test_a_run_folders_readme_has_the_command_that_makes_it(tmp_path):
+    told = ["laptop", "--track", "unlimited", "--shape.loops", "2", "--recipe.no-row-normalize", "--run.seed", "7",
+            "--run.data", "data/my texts", "--run.max-steps", "9"]  # fmt: skip
+    config = parse_command_line([*told, "--run.name", "here", "--run.runs", "/somewhere"])
+    folder = folder_of(tmp_path, "one", preset="laptop", config=json.loads(json.dumps(asdict(config))))
+    line = re.search(r"`python train_gpt.py (.*?)`", (folder / "README.md").read_text())[1]
+    again = parse_command_line(shlex.split(line))
+    assert again == replace(config, run=replace(config.run, name="", runs="runs")) and "/somewhere" not in line
 
 
 # == cleaning ======================================================================================================
