@@ -223,7 +223,7 @@ def resumed(config: Config) -> tuple[Path, Config]:
     """The run folder that --run.resume names, and the configuration with the number type it was begun with, which a
     machine chooses by a measurement. Raises UsageError for a run that has ended, or is none."""
     folder = Path(config.run.resume)
-    if config.run.name:
+    if config.run.name and folder.resolve().name[11:] != config.run.name:  # after its date
         raise UsageError(f"--run.name {config.run.name}: a run that goes on keeps its folder's name, leave it out.")
     if not (folder / "log.jsonl").exists():
         raise UsageError(f"--run.resume {folder}: it is no run folder.")

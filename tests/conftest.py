@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # scorers that the tests start share the machine with other tests
 
-from golf import prepare, sources
+from golf import prepare, sources, spool
 
 
 def run(*words: object, cwd: Path = ROOT, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
@@ -37,7 +37,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, library_texts: list[sources
     """A small prepared corpus of standard-library text with a vocabulary of 512."""
     out = tmp_path_factory.mktemp("corpus")
     source = sources.Source("tiny", lambda: iter(library_texts), {"source": "tiny"}, ["PSF License Version 2"])
-    prepare.prepare(source, out, prepare.Options(vocab_size=512))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spool, "VALIDATION_LEAST", 80_000)  # every test that trains scores it several times
+        prepare.prepare(source, out, prepare.Options(vocab_size=512, validation_share=0.01))
     return out
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, TINY, run
 
@@ -77,10 +81,31 @@ def test_a_plan_may_be_given_as_options(tmp_path, corpus):
     done = run("-m", "golf.ablate", *words, "--results", tmp_path / "x.jsonl", "--table")
     assert done.returncode == 0 and "seeds [3, 4]" in done.stdout and "| slow |" in done.stdout, done.stderr
     assert "--results" in run("-m", "golf.ablate", *words).stderr
-    assert "preset is missing" in run("-m", "golf.ablate", "--results", "x").stderr
-    for words, said in ((["a=", "a="], "stands twice"), (['a="x'], "quotation mark")):
-        done = run("-m", "golf.ablate", "--preset", "smoke", "--results", "x", "--variants", *words)
+    assert "--preset: give it" in run("-m", "golf.ablate", "--results", "x").stderr
+    for words, said in ((["a=", "a="], "stands twice"), (['a="x'], "quotation mark"), (["a"], "NAME=FLAGS")):
+        done = run("-m", "golf.ablate", "--preset", "smoke", "--amount", 2, "--results", "x", "--variants", *words)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", [[], ["--pairs"]])
+def test_a_comparison_that_is_asked_to_end_takes_its_runs_with_it(tmp_path, corpus, pairs):
+    path = plan_file(tmp_path, corpus, amount=100_000)
+    process = subprocess.Popen([sys.executable, "-m", "golf.ablate", str(path), *pairs], cwd=ROOT)
+    try:
+        wanted, found = 1 + len(pairs), []
+        for _ in range(300):
+            found = [p for p in psutil.Process(process.pid).children(recursive=True) if "train_gpt.py" in p.cmdline()]
+            if len(found) >= wanted and all(p.cpu_times().user > 1 for p in found):
+                break
+            time.sleep(0.1)
+        assert len(found) >= wanted
+        process.terminate()
+        assert process.wait(20) == 130
+        assert not [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        process.kill()
+    assert not path.with_suffix(".jsonl").exists()
 
 
 def row(variant: str, seed: int, bpb: float, **more: object) -> dict:

@@ -127,7 +127,7 @@ def test_only_unique_tensors_are_stored():
     ("prelude", "core", "coda"), [(1, 2, 1), (0, 3, 0), (3, 3, 5), (0, 1, 0), (5, 1, 0), (0, 2, 3)]
 )
 def test_the_size_does_not_move_with_loops(prelude, core, coda):
-    shapes = [replace(SHAPE, prelude=prelude, core=core, coda=coda, loops=loops) for loops in (2, 3, 4, 7)]
+    shapes = [replace(SHAPE, prelude=prelude, core=core, coda=coda, loops=loops) for loops in (2, 7)]
     weights = weights_of(shapes[0])
     sizes = {len(artifact(shape, weights)[0]) for shape in shapes}
     assert max(sizes) - min(sizes) <= 2  # the header's digits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+import depth_map
 from golf import controls, depth, gate, map_page, topics
+from golf.console import run_script
 from golf.errors import UsageError
 from golf.exits import Entropy, FixedDepth
 from golf.recipe import Scoring
@@ -264,21 +267,23 @@ def test_a_page_escapes_everything(looped_run, tmp_path):
     (("topics", "RUN", "--docs", "DOCS", "--exit", "margin", "--threshold", "1.5"), "margin takes 0 to 1"),
     (("topics", "RUN", "--docs", "DOCS", "--agreement"), "two runs or more"),
     (("topics", "RUN", "--docs", "DOCS", "--threshold", "3.0"), "has 5 documents, give 20 or more"),
-    (("topics", "RUN", "--docs", "nowhere.jsonl"), "cannot be read"),
+    (("topics", "RUN", "--docs", "nowhere.jsonl"), "no such file"),
     (("topics", "RUN", "--docs", "BAD"), 'document 1 has no topic'),
     (("map", "RUN", "--text", "nowhere.txt"), "cannot be read"),
     (("map", "RUN", "--text", "EMPTY"), "it is empty"),
     (("map", "RUN", "--text", "DOCS", "--exit", "gate"), "has no gate"),
     (("gate", "RUN", "RUN"), "exists already"),
 ])  # fmt: skip
-def test_mistakes_end_in_one_sentence(words, said, looped_run, tmp_path):
+def test_mistakes_end_in_one_sentence(words, said, looped_run, tmp_path, monkeypatch, capsys):
     docs, bad, empty = tmp_path / "docs.jsonl", tmp_path / "bad.jsonl", tmp_path / "empty.txt"
     docs.write_text("".join(json.dumps({"topic": "few", "text": f"Some words, {n}."}) + "\n" for n in range(5)))
     bad.write_text('{"topic": 3, "text": "x"}\n')
     empty.write_text("")
     places = {"RUN": looped_run, "DOCS": docs, "BAD": bad, "EMPTY": empty}
-    done = run("depth_map.py", *(places.get(w, w) for w in words))
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    monkeypatch.setattr(sys, "argv", ["depth_map.py", *(str(places.get(w, w)) for w in words)])
+    assert run_script(depth_map.main) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.count("\n") == 1, told
 
 
 def test_a_model_without_repeats_is_refused_and_a_file_of_surrogates(tmp_path, looped_run):

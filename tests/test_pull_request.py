@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -100,6 +101,13 @@ def test_what_is_not_ready_is_refused_and_nothing_is_left(runs, tmp_path):
     assert pull_request.submit(copies, ABOUT, root, []).is_dir()
     with pytest.raises(UsageError, match="exists already"):
         pull_request.submit(copies, ABOUT, root, [])
+
+
+@pytest.mark.parametrize("said", ["<script>x</script>", "a | b", "[x](http://y)", "*x* _y_ `z`", "two\nlines", "# x"])
+def test_what_people_write_stays_words_in_markdown(said):
+    shown = pull_request.plain(said)
+    assert re.sub(r"\\(.)", r"\1", shown) == " ".join(said.split())
+    assert not re.search(r"(?<!\\)[<>|`*_\[\]#]", shown) and "\n" not in shown
 
 
 def test_contest_names_of_a_track_are_ours(tmp_path):

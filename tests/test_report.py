@@ -77,6 +77,16 @@ def test_another_run_stands_beside_it_with_every_option_that_differs(tmp_path):
     assert "recipe.matrix_rate" in told and "0.125" in told and "-0.1" in told and "the other" in told
 
 
+def test_runs_of_other_texts_are_said_to_compare_nothing(tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(KEPT, other)
+    record = json.loads((other / "submission.json").read_text())
+    assert "compare nothing" not in report.page(report.read(KEPT), report.read(other))
+    (other / "submission.json").write_text(json.dumps(record | {"corpus_fingerprint": "x", "training_flops": 12}))
+    page = words_of(report.page(report.read(KEPT), report.read(other)))
+    assert "of different texts: scores compare nothing" in page and "e+" not in page.split("Learning")[0]
+
+
 def test_a_strangers_folder_is_shown_escaped_and_without_its_scripts(tmp_path):
     nasty = "</title><script>alert(1)</script><img src=x onerror=alert(2)>"
     record = json.loads((KEPT / "submission.json").read_text())

@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_to_the_same_artifact(unbroken, killed, corpus, tmp
     folder = tmp_path / killed[1].name
     shutil.copytree(killed[1], folder)
     assert len(list((folder / FOLDER).iterdir())) == 2 and not (folder / "submission.json").exists()
-    done = run(*words(corpus, tmp_path, "unused", "--run.resume", folder))
+    done = run(*words(corpus, tmp_path, folder.name[11:], "--run.resume", folder))
     assert done.returncode == 0, done.stderr
     assert "resumed after step 16" in done.stdout
     assert (folder / "model.bin").read_bytes() == (unbroken / "model.bin").read_bytes()
@@ -82,7 +82,7 @@ def test_a_killed_run_goes_on_to_the_same_artifact(unbroken, killed, corpus, tmp
     record = json.loads((folder / "submission.json").read_text())
     assert record["resumed"] is True and record["steps"] == 30
     assert not (folder / FOLDER).exists()  # of a run that has ended well
-    again = run(*words(corpus, tmp_path, "unused", "--run.resume", folder))
+    again = run(*words(corpus, tmp_path, folder.name[11:], "--run.resume", folder))
     assert again.returncode == 2 and "has ended (complete)" in again.stderr
 
 
@@ -93,7 +93,7 @@ def test_a_run_that_was_asked_to_stop_goes_on_from_where_it_stopped(unbroken, co
     assert json.loads((folder / "submission.json").read_text())["status"] == "interrupted"
     kept = newest(folder)[1]["loop"]["result"]["steps"]
     assert kept >= 10
-    done = run(*words(corpus, tmp_path, "unused", "--run.resume", folder))
+    done = run(*words(corpus, tmp_path, folder.name[11:], "--run.resume", folder))
     assert done.returncode == 0 and f"resumed after step {kept}" in done.stdout, done.stderr
     assert (folder / "model.bin").read_bytes() == (unbroken / "model.bin").read_bytes()
 
@@ -104,7 +104,7 @@ def test_the_checkpoint_before_is_taken_where_the_newest_is_damaged(unbroken, ki
     shutil.copytree(killed[1], folder)
     last = max((folder / FOLDER).iterdir())
     last.write_bytes(last.read_bytes()[:1000])
-    done = run(*words(corpus, tmp_path, "unused", "--run.resume", folder))
+    done = run(*words(corpus, tmp_path, folder.name[11:], "--run.resume", folder))
     assert done.returncode == 0 and "resumed after step 12" in done.stdout, done.stderr
     assert (folder / "model.bin").read_bytes() == (unbroken / "model.bin").read_bytes()
 
@@ -116,7 +116,7 @@ def test_a_run_that_crashed_or_died_after_its_last_step_goes_on(unbroken, killed
     shutil.copytree(killed[1], folder)
     record = json.loads((unbroken / "submission.json").read_text()) | {"status": "crash"}
     (folder / "submission.json").write_text(json.dumps(record))
-    command = words(corpus, tmp_path, "unused", "--run.resume", folder, "--run.keep-every", 10)
+    command = words(corpus, tmp_path, folder.name[11:], "--run.resume", folder, "--run.keep-every", 10)
     stopped_at(31, command)
     assert newest(folder)[1]["loop"]["result"]["steps"] == 30
     done = run(*command)
@@ -133,7 +133,7 @@ def test_a_run_that_fails_at_once_when_it_goes_on_keeps_the_steps_it_had(corpus,
     folder = only(tmp_path, "wild")
     assert done.returncode == 1, done.stderr
     had = newest(folder)[1]["loop"]["result"]["steps"]
-    done = run(*words(corpus, tmp_path, "unused", *wild, "--run.resume", folder))
+    done = run(*words(corpus, tmp_path, folder.name[11:], *wild, "--run.resume", folder))
     record = json.loads((folder / "submission.json").read_text())
     assert done.returncode == 1 and record["status"] == "crash" and record["steps"] == had > 0
 
@@ -141,12 +141,12 @@ def test_a_run_that_fails_at_once_when_it_goes_on_keeps_the_steps_it_had(corpus,
 @pytest.mark.slow
 @pytest.mark.parametrize(("more", "said"), [
     (("--run.seed", 5), "another seed"), (("--recipe.matrix-rate", 0.01), "another configuration"),
-    (("--run.max-steps", 40), "another number of steps"),
+    (("--run.max-steps", 40), "another number of steps"), (("--run.name", "new"), "keeps its folder's name"),
 ])  # fmt: skip
 def test_other_flags_are_refused_in_one_sentence(killed, corpus, tmp_path, more, said):
     runs, folder = killed
     before = (folder / "log.jsonl").read_bytes()
-    done = run(*words(corpus, runs, "unused", "--run.resume", folder, *more))
+    done = run(*words(corpus, runs, folder.name[11:], "--run.resume", folder, *more))
     assert (folder / "log.jsonl").read_bytes() == before
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
