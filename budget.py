@@ -56,7 +56,7 @@ def plan(config: Config, machine: str = "8xH100") -> dict:
 def require_fit(config: Config) -> None:
     """Raise UsageError when the predicted artifact exceeds the track's cap, unless the run allows it."""
     code = bundle.code_bytes(config)
-    total, cap = sum(size.artifact_bytes(config, code).values()) + code, config.limits.bytes_cap
+    total, cap = size.submission_bytes(config, code), config.limits.bytes_cap
     if total > cap and not config.run.allow_over_cap:
         raise UsageError(
             f"{config.preset} would take about {total:,} bytes, the {config.track} track allows {cap:,}: lower "

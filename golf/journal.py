@@ -60,14 +60,14 @@ def environment() -> dict:
 
 def start_row(folder: Path, config: Config, corpus: Corpus, machine: dict, code_bytes: int) -> dict:
     """First row of a log."""
-    planned = code_bytes + sum(size.artifact_bytes(config, code_bytes).values())
     return {
         "event": "start", "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv,
         "environment": environment(), "machine": {k: list(v) if k == "notes" else str(v) for k, v in machine.items()},
         "config": asdict(config), "fingerprint": config.fingerprint,
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, "train_tokens": corpus.tokens["train"],
                    "bytes_a_token": corpus.val_bytes / corpus.tokens["val"]},
-        "folder": str(folder), "planned": {"bytes": planned, "cap": config.limits.bytes_cap},
+        "folder": str(folder),
+        "planned": {"bytes": size.submission_bytes(config, code_bytes), "cap": config.limits.bytes_cap},
     }  # fmt: skip
 
 

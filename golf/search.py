@@ -166,7 +166,7 @@ def fitting(search: Search, tried: list[dict[str, Value]]) -> tuple[dict[str, di
             left_out[name] = str(error)
             continue
         code = bundle.code_bytes(config)
-        total, cap = sum(size.artifact_bytes(config, code).values()) + code, config.limits.bytes_cap
+        total, cap = size.submission_bytes(config, code), config.limits.bytes_cap
         if total > cap and not config.run.allow_over_cap:
             left_out[name] = f"about {total:,} bytes, {cap:,} allowed"
         else:

@@ -110,6 +110,11 @@ def artifact_bytes(config: Config, code: int) -> dict[str, int]:
     return {name: round(value) for name, value in totals.items()}
 
 
+def submission_bytes(config: Config, code: int) -> int:
+    """Predicted bytes of the artifact and `code` bytes of code."""
+    return sum(artifact_bytes(config, code).values()) + code
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How others pack: a grid step in row deviations for each role, and bytes over the symbols' entropy."""
