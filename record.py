@@ -90,9 +90,11 @@ def show(folder: Positional[str], json: bool = False) -> int:
               "training_flops": record.training_flops or "not counted"}  # fmt: skip
     for loops, bpb in record.quantization_penalty.items():
         values[f"packing costs at {loops} loops"] = f"{bpb:+.5f} bpb"
+    if results := record.seed_results():  # a submission tells less of its artifact than a run
+        values = {key: value for key, value in values.items() if value}
     for key, value in values.items():
         print(f"{key}: {value:,}" if type(value) is int else f"{key}: {value}")
-    for seed, told in record.seed_results().items():
+    for seed, told in results.items():
         print(f"seed {seed}: {told}")
     print(f"verdict: {records.said_verdict(verdict)}")
     return 0

@@ -116,3 +116,4 @@ def test_contest_names_of_a_track_are_ours(tmp_path):
     record = records.from_dict(values, "x")
     assert record.track == "contest" and record.claimed_bpb == 1.25
     assert records.from_dict(values | {"seed_results": "none"}, "x").claimed_bpb == 1.2
+    assert set(record.seed_results()) == {"2", "3"}
