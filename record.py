@@ -25,7 +25,7 @@ import tyro
 from tyro.conf import Positional
 
 from golf import records, run_list
-from golf.console import parse, run_script
+from golf.console import parse, printable, run_script
 from golf.errors import UsageError
 from golf.files import write_bytes
 
@@ -45,7 +45,9 @@ def table(rows: list[dict], columns: tuple[str, ...]) -> None:
     def text(value: object) -> str:
         if value is None or value == "":
             return "-"
-        return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        if isinstance(value, float):
+            return f"{value:.4f}"
+        return f"{value:,}" if isinstance(value, int) else printable(str(value))
 
     cells = [list(columns), *([text(row[c]) for c in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -93,10 +95,10 @@ def show(folder: Positional[str], json: bool = False) -> int:
     if results := record.seed_results():  # a submission tells less of its artifact than a run
         values = {key: value for key, value in values.items() if value}
     for key, value in values.items():
-        print(f"{key}: {value:,}" if type(value) is int else f"{key}: {value}")
+        print(f"{key}: {value:,}" if type(value) is int else printable(f"{key}: {value}"))
     for seed, told in results.items():
-        print(f"seed {seed}: {told}")
-    print(f"verdict: {records.said_verdict(verdict)}")
+        print(printable(f"seed {seed}: {told}"))
+    print(printable(f"verdict: {records.said_verdict(verdict)}"))
     return 0
 
 

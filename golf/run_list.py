@@ -207,7 +207,7 @@ def kind_of(run: Started) -> tuple:
         corpus, config = start.get("corpus", {}), start.get("config", {})
         fingerprint, corpus = start.get("fingerprint"), corpus.get("fingerprint") if isinstance(corpus, dict) else None
     own = config.get("run", {})
-    return fingerprint, corpus, own.get("cap", 0), own.get("max_steps", 0)
+    return tuple(map(str, (fingerprint, corpus, own.get("cap") or 0.0, own.get("max_steps", 0))))
 
 
 def first_row(log: Path) -> dict:

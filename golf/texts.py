@@ -15,7 +15,7 @@ def read_topics(path: Path) -> list[Document]:
     """Documents of a file of JSON lines {topic, text, source}. Raises UsageError for a line that is none, and for a
     document without a topic or text."""
     if not path.is_file():
-        raise UsageError(f"--docs {path}: there is no such file, name lines of {{topic, text}}.")
+        raise UsageError(f"{path}: there is no such file, name lines of {{topic, text}}.")
     found = list(read_file(path))
     for number, document in enumerate(found, 1):
         if not (document.text and document.topic):

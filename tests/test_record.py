@@ -137,6 +137,7 @@ def test_a_run_that_was_lost_is_named_as_left_out(tmp_path):
     (tmp_path / "shorter").mkdir()
     (tmp_path / "shorter" / "log.jsonl").write_text(told.replace("CAP", "5"))  # another experiment
     folder_of(tmp_path, "elsewhere", corpus_fingerprint="c1", seed=9)
+    folder_of(tmp_path, "odd", config={"run": {"cap": [1], "max_steps": {}}})
     done = run("record.py", "compare", *ours, "--against", *theirs)
     assert done.stderr.splitlines() == ["left out, of the same configurations: killed (lost)"]
 
@@ -246,6 +247,14 @@ def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, command):
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and re.fullmatch(r"error: \S+(html|md): File too large\.\n", done.stderr), done.stderr
     assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+def test_a_strangers_words_move_no_cursor(tmp_path):
+    folder = folder_of(tmp_path, "one", preset="a\x1b[2Jb", corpus="c\x07", reason="\x1b]0;title", status="crash")
+    (folder / "verdict.json").write_text(json.dumps({"valid": False, "invalid": "\x1b[31mred", "checks": []}))
+    for command in (["show", folder], ["list", "--runs", tmp_path]):
+        done = run("record.py", *command)
+        assert done.returncode == 0 and not re.search("[\x1b\x07]", done.stdout), done.stderr
 
 
 def test_what_the_referee_calls_invalid_is_never_ranked_or_compared(tmp_path):
