@@ -198,7 +198,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, attn_scale: Tensor, mlp_scale: Tensor, mix: Tensor,
         gain: Tensor, seen: Tensor | None = None, attn_gate: Tensor | None = None,
-        lane: Tensor | None = None, lane_mix: Tensor | None = None, depth_scale: float = 1.0, kept: Kept | None = None,
+        lane: Tensor | None = None, lane_mix: Tensor | None = None, kept: Kept | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """x, x0 (B, T, D); scales (D,), mix (2, D), gain (H,), gate (H, GATE_CHANNELS) -> (B, T, D).
 
@@ -209,11 +209,11 @@ class Block(nn.Module):
         mix = mix.to(x.dtype)
         if lane is None:
             x = mix[0] * x + mix[1] * x0
-            found = self.attend(F.rms_norm(x, width) * depth_scale, gain, cos, sin, seen, attn_gate, kept)
+            found = self.attend(F.rms_norm(x, width), gain, cos, sin, seen, attn_gate, kept)
             x = x + attn_scale.to(x.dtype) * found
-            return x + mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(x, width) * depth_scale)
-        normal = F.rms_norm(mix[0] * x + mix[1] * x0, width) * depth_scale
+            return x + mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(x, width))
+        normal = F.rms_norm(mix[0] * x + mix[1] * x0, width)
         found = attn_scale.to(x.dtype) * self.attend(normal, gain, cos, sin, seen, attn_gate, kept)
-        thought = mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(lane, width) * depth_scale)
+        thought = mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(lane, width))
         a, b = lane_mix.to(x.dtype)
         return a[0] * x + a[1] * found + a[2] * thought, b[0] * lane + b[1] * found + b[2] * thought

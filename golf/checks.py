@@ -129,7 +129,7 @@ def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:
     ):
         value = getattr(recipe, name)
         require(0 <= value <= 1, f"recipe.{name}", value, "give a fraction from 0 to 1")
-    for name in ("matrix_rate", "embed_rate", "scalar_rate", "shared_rate", "matrix_decay", "embed_decay", "clip_norm",
+    for name in ("matrix_rate", "embed_rate", "scalar_rate", "matrix_decay", "embed_decay", "clip_norm",
                  "embed_std", "noise_step"):  # fmt: skip
         value = getattr(recipe, name)
         require(0 <= value < float("inf"), f"recipe.{name}", value, "give 0 or more")

@@ -38,8 +38,9 @@ TRACKS = {
 RETIRED: dict[str, dict] = {
     "shape": {
         "pass_signal": False, "pass_mix": False, "bigram_rows": 0, "bigram_width": 32, "value_blocks": 0,
+        "depth_scale": False,
     },
-    "recipe": {"random_loops": False, "embed_spectrum": 0.0},
+    "recipe": {"random_loops": False, "embed_spectrum": 0.0, "shared_rate": 1.0},
 }  # fmt: skip
 
 

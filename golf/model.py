@@ -265,8 +265,7 @@ class RecurrentGPT(nn.Module):
         return self.blocks[block](
             x, given.start, given.cos, given.sin, attn_scale, mlp_scale, self.resid_mix[row],
             self.qk_gain[row], given.seen, self.attn_gate[row] if shape.attn_gate else None,
-            lane, self.lane_mix[row] if lane is not None else None,
-            (block + 1) ** -0.5 if shape.depth_scale else 1.0, kept,
+            lane, self.lane_mix[row] if lane is not None else None, kept,
         )  # fmt: skip
 
     def smeared(self, tokens: Tensor, found: Tensor) -> Tensor:

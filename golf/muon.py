@@ -56,7 +56,7 @@ class Matrices:
 
     parameters: list[nn.Parameter]
     momentum: Tensor  # (N, R, C)
-    rate_factor: Tensor  # (N, 1, 1): aspect ratio, and what the recipe says of shared blocks
+    aspect: float  # factor on the rate: sqrt(max(1, R / C))
 
 
 class Muon:
@@ -66,7 +66,7 @@ class Muon:
     its share of each batch, which is not; one all-reduce of the updates hands everyone the rest.
     """
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], recipe: Recipe, passes: dict[str, int]):
+    def __init__(self, named: list[tuple[str, nn.Parameter]], recipe: Recipe):
         self.recipe = recipe
         by_shape: dict[tuple[int, ...], list[tuple[str, nn.Parameter]]] = {}
         for name, p in named:
@@ -75,13 +75,9 @@ class Muon:
             by_shape.setdefault(tuple(p.shape), []).append((name, p))
         self.groups = []
         for (rows, columns), members in by_shape.items():
-            aspect = max(1.0, rows / columns) ** 0.5
-            shared = {name: recipe.shared_rate or 1 / n for name, n in passes.items() if n > 1}
-            factors = [aspect * shared.get(name, 1.0) for name, _ in members]
             parameters = [p for _, p in members]
-            device = parameters[0].device
-            momentum = torch.zeros(len(members), rows, columns, device=device)
-            self.groups.append(Matrices(parameters, momentum, torch.tensor(factors, device=device)[:, None, None]))
+            momentum = torch.zeros(len(members), rows, columns, device=parameters[0].device)
+            self.groups.append(Matrices(parameters, momentum, max(1.0, rows / columns) ** 0.5))
 
     @torch.no_grad()
     def step(
@@ -111,7 +107,7 @@ class Muon:
         """Decay the group's matrices and move them against orthogonalised updates (N, R, C)."""
         if decay:
             torch._foreach_mul_(group.parameters, 1.0 - rate * decay)
-        torch._foreach_add_(group.parameters, list((update * group.rate_factor).unbind()), alpha=-rate)
+        torch._foreach_add_(group.parameters, list((update * group.aspect).unbind()), alpha=-rate)
 
     def orthogonalize_all(self, updates: list[Tensor], ns_dtype: torch.dtype) -> None:
         """Orthogonalise in place; with several ranks each does every world-size-th matrix and the sum is shared."""
@@ -150,9 +146,7 @@ class Optimizers:
                 raise ValueError(f"parameter {name!r} has the unknown optimizer {kind!r}")
             groups[kind].append((name, p))
         self.recipe = recipe
-        # A block's name is blocks.INDEX.MATRIX.
-        passes = {n: model.shape.passes(int(n.split(".")[1])) for n, _ in groups["muon"] if n.startswith("blocks.")}
-        self.muon = Muon(groups["muon"], recipe, passes)
+        self.muon = Muon(groups["muon"], recipe)
         self.adam = torch.optim.AdamW(
             [
                 {"params": [p for _, p in groups["embed"]], "kind": "embed", "weight_decay": recipe.embed_decay},

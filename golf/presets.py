@@ -18,7 +18,7 @@ def seed_table(name: str, width: int, unique: int, loops: int) -> Config:
     """A row of the looping proposal: `unique` blocks run `loops` times, head size 64, half as many KV heads."""
     heads = width // 64
     shape = Shape(width=width, heads=heads, kv_heads=heads // 2, core=unique, loops=loops)
-    return Config(name, "contest", shape, Recipe(shared_rate=0.0))
+    return Config(name, "contest", shape, Recipe())
 
 
 LAPTOP_SHAPE = Shape(

@@ -32,9 +32,6 @@ class Recipe:
     """Adam's learning rate for the tied embedding."""
     scalar_rate: float = 0.04
     """Adam's learning rate for control vectors."""
-    shared_rate: float = 1.0
-    """Factor on the rate of a shared block's matrices; 0 divides it by the block's passes, 1 leaves it to Muon's
-    normalisation."""
     depth_loss: Literal["last", "each", "gate"] = "last"
     """Train what the last pass leads to; what every pass leads to, all alike, so that a token may stop at any; or each
     as likely as the model's own gate stops there."""

@@ -61,8 +61,6 @@ class Shape:
     """The MLP's: squared ReLU, the same with half the slope below zero, or SwiGLU with two thirds of the width."""
     rotary_share: float = 1.0
     """Share of each head's channels that carry positions."""
-    depth_scale: bool = False
-    """Divide what enters a block by the square root of its place among the unique blocks, counted from 1."""
     exclusive: bool = False
     """Take out of each head's output what lies along the position's own value (exclusive self-attention)."""
     attn_gate: bool = False

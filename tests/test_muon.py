@@ -55,7 +55,7 @@ def test_updates_equal_torch_muon(dims, decay):
     generator = torch.Generator().manual_seed(2)
     start = torch.randn(dims, generator=generator)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    muon = Muon([("blocks.0.query", ours)], Recipe(matrix_decay=decay), {})
+    muon = Muon([("blocks.0.query", ours)], Recipe(matrix_decay=decay))
     oracle = torch.optim.Muon([theirs], lr=0.02, momentum=0.9, weight_decay=decay, adjust_lr_fn="original")
     for _ in range(4):
         gradient = torch.randn(dims, generator=generator)
@@ -72,28 +72,11 @@ def test_row_normalisation_divides_rows_before_orthogonalising():
     gradient = torch.randn(48, 32, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 3, 48)[:, None]
     p = nn.Parameter(torch.zeros(48, 32))
     p.grad = gradient.clone()
-    Muon([("blocks.0.up", p)], Recipe(row_normalize=True), {}).step(1.0, 0.95, torch.float64)
+    Muon([("blocks.0.up", p)], Recipe(row_normalize=True)).step(1.0, 0.95, torch.float64)
     update = gradient.double() * (1 + 0.95)
     update /= update.norm(dim=1, keepdim=True)
     expected = -recurrence(update, QUINTIC, 5, 1.0) * (48 / 32) ** 0.5
     torch.testing.assert_close(p.detach().double(), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_shared_blocks_rate_is_divided_by_their_passes_or_lowered_when_asked():
-    shape = Shape(vocab_size=64, width=16, heads=2, kv_heads=1, prelude=1, core=1, loops=4)
-    moved = {}
-    for shared in (1.0, 0.0, 0.3):
-        recipe = Recipe(shared_rate=shared, warmdown=0.0)
-        model = RecurrentGPT(shape).initialize(recipe, 0)
-        start = [b.query.detach().clone() for b in model.blocks]
-        optimizers = Optimizers(model, recipe)
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(9))
-        optimizers.step(0.0)
-        moved[shared] = [(b.query - s).norm().item() for b, s in zip(model.blocks, start, strict=True)]
-    assert moved[0.0][0] == pytest.approx(moved[1.0][0])  # the prelude runs once
-    assert moved[0.0][1] == pytest.approx(moved[1.0][1] / 4)
-    assert moved[0.3][1] == pytest.approx(moved[1.0][1] * 0.3)
 
 
 def test_every_parameter_has_exactly_one_optimizer():
@@ -106,7 +89,7 @@ def test_every_parameter_has_exactly_one_optimizer():
     with pytest.raises(ValueError, match="mystery"):
         Optimizers(model, Recipe())
     with pytest.raises(ValueError, match=r"blocks\.0\.query"):
-        Muon([("blocks.0.query", nn.Parameter(torch.zeros(3)))], Recipe(), {})
+        Muon([("blocks.0.query", nn.Parameter(torch.zeros(3)))], Recipe())
 
 
 def test_adam_groups_follow_the_schedule():
@@ -144,7 +127,7 @@ rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)  # no port to collide on
 # An odd number of matrices of each shape.
 shape = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=2)
-recipe = Recipe(clip_norm=0.5, newton_schulz="polar-express", row_normalize=True, matrix_decay=0.1, shared_rate=0.0)
+recipe = Recipe(clip_norm=0.5, newton_schulz="polar-express", row_normalize=True, matrix_decay=0.1)
 models = [RecurrentGPT(shape).initialize(recipe, 3) for _ in range(2)]
 both = [optimizers_for(model, recipe, overlap) for model, overlap in zip(models, (False, True))]
 assert type(both[0]) is Optimizers and type(both[1]) is not Optimizers

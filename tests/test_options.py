@@ -28,9 +28,9 @@ from golf.shape import BOS, Shape
 
 SHAPE = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=3)
 OPTIONS = [
-    {"activation": "leaky-relu2"}, {"activation": "swiglu"}, {"rotary_share": 0.5}, {"depth_scale": True},
+    {"activation": "leaky-relu2"}, {"activation": "swiglu"}, {"rotary_share": 0.5},
     {"exclusive": True}, {"attn_gate": True}, {"smear": True}, {"lanes": True}, {"pass_scalars": True},
-    {"activation": "swiglu", "rotary_share": 0.25, "depth_scale": True, "exclusive": True, "attn_gate": True,
+    {"activation": "swiglu", "rotary_share": 0.25, "exclusive": True, "attn_gate": True,
      "smear": True, "pass_scalars": True, "lanes": True},
 ]  # fmt: skip
 
