@@ -35,11 +35,11 @@ endif
 
 test: .venv/.installed
 	$(PY) -m ruff check .
-	$(PY) -m pytest -n auto -m "not slow"
+	$(PY) -m pytest -n auto --dist loadfile -m "not slow"
 
 test-all: .venv/.installed
 	$(PY) -m ruff check .
-	$(PY) -m pytest -n auto
+	$(PY) -m pytest -n auto --dist loadfile
 
 fuzz: .venv/.installed
 	$(PY) -m pip install --quiet atheris

@@ -51,8 +51,6 @@ def ready(runs: list[Path]) -> list[Record]:
         told = records.read_verdict(folder)
         if told is None:
             raise UsageError(f"{folder}: it has no verdict, run python eval_bpb.py {folder} first.")
-        if not told["valid"]:
-            raise UsageError(f"{folder}: the referee calls it invalid ({told['invalid']}), leave it out.")
         if told.get("folder_sha256") != folders.sha256_of(folder):
             raise UsageError(f"{folder}: its files are not those that were judged, run python eval_bpb.py {folder}.")
         if record.headroom < 0:

@@ -148,9 +148,10 @@ def sides(ours: list[Path], theirs: list[Path], mixed: bool) -> tuple[list[Recor
     for side in (ours, theirs):
         read = [records.read(folder) for folder in side]
         for folder, record in zip(side, read, strict=True):
-            status = one(folder).status
-            if record.val_bpb is None or record.val_loss is None or status != "complete":
-                raise UsageError(f"{folder}: it has no valid score ({status}), leave it out.")
+            run = one(folder)
+            if record.val_bpb is None or record.val_loss is None or run.status != "complete":
+                why = f"{run.status}: {run.reason}" if run.reason else run.status
+                raise UsageError(f"{folder}: it has no valid score ({why}), leave it out.")
         seeds = [r.seed for r in read]
         if (twice := next((s for s in seeds if seeds.count(s) > 1), None)) is not None:
             raise UsageError(f"{side[0]}: seed {twice} stands twice on one side, give each seed once.")

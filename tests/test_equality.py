@@ -116,12 +116,12 @@ def test_compiled(alone, corpus, tmp_path):
     assert losses(compiled) == pytest.approx(losses(alone), rel=COMPILED)
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_bundled(alone, corpus, pack):
+@pytest.mark.parametrize("small", [False, True])
+def test_bundled(alone, corpus, small):
     """The one file that ships and the checkout it was made from: exact."""
     flags = ["smoke", *map(str, TINY), "--recipe.loops-from", "0.5"]
     config = parse_command_line(flags).check()
-    assert artifact.golden_difference(config, pack, corpus, STEPS) == ""
+    assert artifact.golden_difference(config, small, small, corpus, STEPS) == ""
     record = json.loads((alone / "submission.json").read_text())
     assert record["steps"] == STEPS
 

@@ -148,7 +148,7 @@ def test_shapes_that_cannot_are_refused(options, said):
 
 @pytest.mark.parametrize(("name", "threshold", "said"), [
     ("gat", 0.5, "give one of fixed"), ("fixed", 5, "1 to 4"), ("fixed", 1.5, "1 to 4"), ("random", 1.1, "0 to 1"),
-    ("entropy", -1, "exit-threshold -1"), ("margin", float("nan"), "0 to 1"),
+    ("entropy", -1, "--threshold -1"), ("margin", float("nan"), "0 to 1"),
 ])  # fmt: skip
 def test_rules_that_are_none_are_refused(name, threshold, said):
     with pytest.raises(UsageError, match=said):

@@ -90,7 +90,7 @@ def test_what_is_not_ready_is_refused_and_nothing_is_left(runs, tmp_path):
     shutil.copyfile(runs[2] / "model.bin", copies[2] / "model.bin")
     told = json.loads((runs[2] / "verdict.json").read_text()) | {"valid": False, "invalid": "it cheats"}
     (copies[2] / "verdict.json").write_text(json.dumps(told))
-    refused("invalid .it cheats")
+    refused("invalid: it cheats")
     shutil.copyfile(runs[2] / "verdict.json", copies[2] / "verdict.json")
     record = json.loads((copies[2] / "submission.json").read_text())
     for change, said in (({"resumed": True}, "resumed"), ({"fingerprint": "other"}, "2 configurations"),

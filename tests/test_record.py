@@ -265,7 +265,7 @@ def test_what_the_referee_calls_invalid_is_never_ranked_or_compared(tmp_path):
     board = run("record.py", "leaderboard", "--runs", tmp_path)
     assert "good" in board.stdout and "bad" not in board.stdout and "bad: invalid it looks ahead" in board.stderr
     done = run("record.py", "compare", good, "--against", bad)
-    assert done.returncode == 2 and "no valid score (invalid)" in done.stderr
+    assert done.returncode == 2 and "no valid score (invalid: it looks ahead)" in done.stderr
 
 
 def test_a_run_that_is_being_judged_is_running(tmp_path):
