@@ -166,7 +166,7 @@ def test_a_results_file_with_another_fault_is_refused(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "ablations").glob("*.toml")), ids=lambda p: p.stem)
 def test_the_plans_that_come_with_the_program_can_be_read(path):
     plan = read_plan(path)
-    assert plan.seeds and len(plan.variants) > 1
+    assert plan.seeds and plan.variants
 
 
 def test_a_run_that_crashed_has_no_score():
