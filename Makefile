@@ -35,11 +35,11 @@ endif
 
 test: .venv/.installed
 	$(PY) -m ruff check .
-	$(PY) -m pytest -n auto --dist loadfile -m "not slow"
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: .venv/.installed
 	$(PY) -m ruff check .
-	$(PY) -m pytest -n auto --dist loadfile
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 fuzz: .venv/.installed
 	$(PY) -m pip install --quiet atheris

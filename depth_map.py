@@ -27,12 +27,10 @@ from golf.data import Corpus
 from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.rescore import read_artifact, rescored
-from golf.sources import Document
-from golf.texts import read_topics
+from golf.texts import chosen_texts, read_topics, texts_to_draw
 
 HELD_OUT = 0.2
 GATE_TOKENS = 64_000_000  # of training text that a gate learns from at most
-SHOWN_BYTES = 20_000  # of a text that is drawn
 
 dumps = json.dumps  # the commands have an option called json
 
@@ -266,20 +264,6 @@ def topics(a: TopicsArguments) -> dict:
     }  # fmt: skip
 
 
-def chosen_texts(path: Path, per_topic: int) -> list[Document]:
-    """The documents of a file, at most so many of each topic, spread over its sources as they come."""
-    texts = read_topics(path)
-    if per_topic < 0:
-        raise UsageError(f"--per-topic {per_topic}: give 0 or more.")
-    if not per_topic:
-        return texts
-    kept = []
-    for topic in dict.fromkeys(t.topic for t in texts):
-        mine = [t for t in texts if t.topic == topic]
-        kept += [mine[n * len(mine) // per_topic] for n in range(per_topic)] if len(mine) > per_topic else mine
-    return kept
-
-
 def plain(rows: list[dict]) -> list[dict]:
     """Rows whose intervals are written out."""
     return [{k: v.row() if hasattr(v, "row") else v for k, v in row.items()} for row in rows]
@@ -351,29 +335,6 @@ class MapArguments:
     """In the picture show the loops spent to predict a token, not those at it."""
     json: bool = False
     """Print one JSON object with every token."""
-
-
-def texts_to_draw(path: str) -> list[Document]:
-    """What --text names, as documents. Raises UsageError."""
-    if path != "-" and Path(path).suffix in (".jsonl", ".zst", ".gz"):
-        found = read_topics(Path(path))
-    else:
-        try:
-            raw = sys.stdin.buffer.read(SHOWN_BYTES + 4) if path == "-" else Path(path).read_bytes()
-            text = raw.decode(errors="ignore" if len(raw) > SHOWN_BYTES else "strict")
-        except OSError as error:
-            raise UsageError(f"--text {path}: it cannot be read ({error.strerror}).") from error
-        except UnicodeDecodeError as error:
-            raise UsageError(f"--text {path}: it is not UTF-8 text ({error.reason}).") from error
-        found = [Document(text, "the text" if path == "-" else Path(path).name)] if text else []
-    if not found:
-        raise UsageError(f"--text {path}: it is empty, give text.")
-    kept, left = [], SHOWN_BYTES
-    for one in found:
-        if left > 0:
-            cut = one.text.encode()[:left].decode(errors="ignore")
-            kept, left = [*kept, replace(one, text=cut)], left - len(one.text.encode())
-    return kept
 
 
 def draw(a: MapArguments) -> dict:

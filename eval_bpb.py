@@ -334,18 +334,18 @@ def with_exit(arguments: JudgeArguments, stack: contextlib.ExitStack) -> Path:
 
     Seconds and score are the referee's; artifact.py rescore makes the same copy to keep.
     """
+    from golf.checks import check_threshold
+    from golf.codec import read_header
     from golf.recipe import Scoring
-    from golf.rescore import rescored
+    from golf.rescore import read_artifact, rescored
 
     if arguments.exit not in get_args(get_type_hints(Scoring)["exit"]):
         names = ", ".join(get_args(get_type_hints(Scoring)["exit"])[1:])
         raise UsageError(f"--exit {arguments.exit:.60}: give one of {names}.")
     place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="golf-exit-")))
     source = Path(arguments.folder)
-    try:
-        rescored(source, place / source.name, {"exit": arguments.exit, "exit_threshold": arguments.threshold})
-    except UsageError as error:
-        raise UsageError(str(error).replace("--exit-threshold", "--threshold")) from error
+    check_threshold(arguments.exit, arguments.threshold, read_header(read_artifact(source))[0])
+    rescored(source, place / source.name, {"exit": arguments.exit, "exit_threshold": arguments.threshold})
     return place / source.name
 
 

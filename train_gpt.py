@@ -251,16 +251,26 @@ def train(
         "tokens": result.tokens, "train_seconds": round(result.train_seconds, 3), "left_out": round(clock.left_out, 3),
     })  # fmt: skip
     if config.pack.calibration_batches and result.steps:
-        began = clock.elapsed()
-        limit = float("inf") if run.max_steps or run.pace else config.train_seconds
-        left = lambda: limit - clock.elapsed()  # noqa: E731
-        result.sensitivities, done = calibrate(model, source, config, machine, left, ending)
-        seconds = machine.largest(clock.elapsed()) - began
-        if done:
-            result.train_seconds = began + seconds
-        report({"event": "calibrated", "batches": done, "seconds": round(seconds, 2), "reserve": round(reserve, 2)})
+        seconds, batches_done = collect_sensitivities(result, source, config, machine, clock, ending)
+        report({
+            "event": "calibrated", "batches": batches_done, "seconds": round(seconds, 2), "reserve": round(reserve, 2),
+        })  # fmt: skip
     result.peak_memory = peak_memory(machine.device)
     return result
+
+
+def collect_sensitivities(
+    result: Result, source: Iterator, config: Config, machine: Machine, clock: Clock | StepCounter, ending: float
+) -> tuple[float, int]:  # fmt: skip
+    """Calibrate on batches that follow the last step, inside the clock: the seconds it took, and how many were done."""
+    began = clock.elapsed()
+    limit = float("inf") if config.run.max_steps or config.run.pace else config.train_seconds
+    left = lambda: limit - clock.elapsed()  # noqa: E731
+    result.sensitivities, done = calibrate(result.model, source, config, machine, left, ending)
+    seconds = machine.largest(clock.elapsed()) - began
+    if done:
+        result.train_seconds = began + seconds
+    return seconds, done
 
 
 def settle(result: Result, rollback: Rollback, config: Config, reserve: float) -> None:

@@ -65,18 +65,19 @@ def check_gate(shape: Shape, recipe: Recipe, run: Run) -> None:
     require(abs(recipe.gate_bias) <= 100, "recipe.gate_bias", recipe.gate_bias, "give -100 to 100")
 
 
-def check_threshold(rule: str, threshold: float, shape: Shape, part: str = "") -> None:
-    """Raise UsageError for a threshold that its rule cannot take, or a rule that the shape cannot follow; `part` is
-    what the options' names begin with."""
-    name = f"{part}exit_threshold" if part else "threshold"
+def check_threshold(
+    rule: str, threshold: float, shape: Shape, names: tuple[str, str] = ("exit", "threshold")
+) -> None:
+    """Raise UsageError for a threshold that its rule cannot take, or a rule that the shape cannot follow; `names` are
+    those of the two options."""
     loops, gate = shape.loops, shape.exit_gate
-    require(rule != "gate" or gate != "none", f"{part}exit", rule, "the model has no gate, give another rule")
+    require(rule != "gate" or gate != "none", names[0], rule, "the model has no gate, give another rule")
     fits = rule == "gate" or gate != "act"
-    require(fits, f"{part}exit", rule, "the model mixes its passes by its own gate, give gate")
+    require(fits, names[0], rule, "the model mixes its passes by its own gate, give gate")
     least, most = int(rule == "fixed"), {"fixed": loops, "random": 1.0, "margin": 1.0, "gate": 1.0}.get(rule, 1e6)
     whole = rule != "fixed" or threshold in range(1, loops + 1)
     way_out = f"{rule} takes {least} to {most:g}"
-    require(0 <= threshold <= most and whole, name, f"{threshold:g}", way_out)
+    require(0 <= threshold <= most and whole, names[1], f"{threshold:g}", way_out)
 
 
 def check_pace(shape: Shape, recipe: Recipe, run: Run) -> None:
@@ -153,22 +154,22 @@ def check_pack(pack: Pack) -> None:
     require(pack.target_bytes >= 0, "pack.target_bytes", pack.target_bytes, "give 0 or more")
 
 
-def check_scoring(scoring: Scoring, context: int, shape: Shape) -> None:
-    """Raise UsageError for a model of this shape that cannot be asked so."""
+def check_scoring(scoring: Scoring, context: int, shape: Shape, part: str = "scoring.") -> None:
+    """Raise UsageError for a model of this shape that cannot be asked so; `part` begins the options' names."""
     if scoring.exit != "none":
         check_exits(shape)
-        check_threshold(scoring.exit, scoring.exit_threshold, shape, "scoring.")
-        require(not scoring.isolate, "scoring.isolate", True, "tokens that stop see their whole row")
-        require(scoring.adapt_rank == 0, "scoring.adapt_rank", scoring.adapt_rank, "give 0 where tokens stop")
+        check_threshold(scoring.exit, scoring.exit_threshold, shape, (f"{part}exit", f"{part}exit_threshold"))
+        require(not scoring.isolate, f"{part}isolate", True, "tokens that stop see their whole row")
+        require(scoring.adapt_rank == 0, f"{part}adapt_rank", scoring.adapt_rank, "give 0 where tokens stop")
     still = shape.exit_gate != "act" or not (scoring.isolate or scoring.adapt_rank)
-    require(still, "scoring.isolate" if scoring.isolate else "scoring.adapt_rank", "on", "an ACT model's tokens stop")
-    require(0 <= scoring.ngram_order <= 3, "scoring.ngram_order", scoring.ngram_order, "give 0 to 3")
+    require(still, f"{part}isolate" if scoring.isolate else f"{part}adapt_rank", "on", "an ACT model's tokens stop")
+    require(0 <= scoring.ngram_order <= 3, f"{part}ngram_order", scoring.ngram_order, "give 0 to 3")
     fits = shape.vocab_size ** (scoring.ngram_order + 1) < 1 << 63
-    require(fits, "scoring.ngram_order", scoring.ngram_order, "too long for this vocabulary, give less")
-    require(0 <= scoring.stride <= context, "scoring.stride", scoring.stride, f"give 0 to {context}, the row's length")
-    require(0 <= scoring.adapt_rank <= 1024, "scoring.adapt_rank", scoring.adapt_rank, "give 0 to 1,024")
-    require(scoring.phase_tokens >= 0, "scoring.phase_tokens", scoring.phase_tokens, "give 0 or more")
+    require(fits, f"{part}ngram_order", scoring.ngram_order, "too long for this vocabulary, give less")
+    require(0 <= scoring.stride <= context, f"{part}stride", scoring.stride, f"give 0 to {context}, the row's length")
+    require(0 <= scoring.adapt_rank <= 1024, f"{part}adapt_rank", scoring.adapt_rank, "give 0 to 1,024")
+    require(scoring.phase_tokens >= 0, f"{part}phase_tokens", scoring.phase_tokens, "give 0 or more")
     for name in ("chunk", "adapt_context"):
-        require(2 <= getattr(scoring, name) <= 1 << 20, f"scoring.{name}", getattr(scoring, name), "give 2 or more")
+        require(2 <= getattr(scoring, name) <= 1 << 20, f"{part}{name}", getattr(scoring, name), "give 2 or more")
     for name in ("adapt_rate", "phase_rate"):
-        require(0 <= getattr(scoring, name) <= 1, f"scoring.{name}", getattr(scoring, name), "give 0 to 1")
+        require(0 <= getattr(scoring, name) <= 1, f"{part}{name}", getattr(scoring, name), "give 0 to 1")

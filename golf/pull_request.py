@@ -45,7 +45,8 @@ class About:
 
 def ready(runs: list[Path]) -> list[Record]:
     """The records of runs that may be submitted together. Raises UsageError naming the first reason why not."""
-    require_seeds(runs)
+    if len(runs) < LEAST_SEEDS:
+        raise UsageError(f"submit: {len(runs)} runs, give {LEAST_SEEDS} or more, each of another seed.")
     found = run_list.sides(runs, runs, mixed=False)[0]
     for folder, record in zip(runs, found, strict=True):
         told = records.read_verdict(folder)
@@ -62,24 +63,17 @@ def ready(runs: list[Path]) -> list[Record]:
     return found
 
 
-def require_seeds(runs: list[Path]) -> None:
-    """Raise UsageError where there are too few runs."""
-    if len(runs) < LEAST_SEEDS:
-        raise UsageError(f"submit: {len(runs)} runs, give {LEAST_SEEDS} or more, each of another seed.")
-
-
 def submit(runs: list[Path], about: About, root: Path, against: list[Path]) -> Path:
     """Write ROOT/TRACK/DATE_Name/ from runs, and lint it; nothing is left when something is found. Returns the folder.
 
     The artifact is that of the run whose score is the median. Raises UsageError.
     """
-    require_seeds(runs)
+    found = ready(runs)
     if not re.fullmatch(r"[\w .+-]{1,80}", about.name) or about.name.strip(". ") == "":
         raise UsageError(f"--name {about.name!r:.60}: give letters, digits, spaces, . + - and _.")
     for option in ("author", "github_id"):
         if not getattr(about, option).strip():
             raise UsageError(f"--{option.replace('_', '-')}: give it, the contest's records name it.")
-    found = ready(runs)
     pairs = sorted(zip(runs, found, strict=True), key=lambda pair: pair[1].val_bpb)
     chosen = pairs[(len(pairs) - 1) // 2][0]
     comparison, own = None, True

@@ -35,10 +35,7 @@ def rescored(
     except UsageError as error:
         raise UsageError(f"{source}/model.bin: {error}") from error
     scoring = replace(fields_from_dict(Scoring, note.get("scoring", {}), "artifact's scoring"), **changes)
-    try:
-        check_scoring(scoring, record.context, shape)
-    except UsageError as error:  # whose options are not called as in training
-        raise UsageError(str(error).replace("--scoring.", "--")) from error
+    check_scoring(scoring, record.context, shape, "")
     if target.exists():
         raise UsageError(f"{target} exists already, name another folder.")
     shutil.copytree(source, target)

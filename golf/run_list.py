@@ -56,13 +56,17 @@ def started(runs: Path) -> list[Started]:
 
 def one(folder: Path) -> Started:
     """The run in a folder that has a record or a log."""
-    log = folder / "log.jsonl"
     if not (folder / "submission.json").exists():
-        return Started(folder, None, *end_of(log))
+        return Started(folder, None, *end_of(folder / "log.jsonl"))
     try:
-        record = records.read(folder)
+        return recorded(folder)
     except UsageError as error:
         return Started(folder, None, "damaged", str(error))
+
+
+def recorded(folder: Path) -> Started:
+    """The run in a folder that has a record, which a verdict may call invalid. Raises UsageError."""
+    record, log = records.read(folder), folder / "log.jsonl"
     if log.exists() and is_locked(log):  # packed already, and being judged, or gone on with
         return Started(folder, record, "running", "")
     verdict = records.read_verdict(folder)
@@ -146,12 +150,12 @@ def sides(ours: list[Path], theirs: list[Path], mixed: bool) -> tuple[list[Recor
     """
     found = []
     for side in (ours, theirs):
-        read = [records.read(folder) for folder in side]
-        for folder, record in zip(side, read, strict=True):
-            run = one(folder)
-            if record.val_bpb is None or record.val_loss is None or run.status != "complete":
+        runs = [recorded(folder) for folder in side]
+        for run in runs:
+            if run.record.val_bpb is None or run.record.val_loss is None or run.status != "complete":
                 why = f"{run.status}: {run.reason}" if run.reason else run.status
-                raise UsageError(f"{folder}: it has no valid score ({why}), leave it out.")
+                raise UsageError(f"{run.folder}: it has no valid score ({why}), leave it out.")
+        read = [run.record for run in runs]
         seeds = [r.seed for r in read]
         if (twice := next((s for s in seeds if seeds.count(s) > 1), None)) is not None:
             raise UsageError(f"{side[0]}: seed {twice} stands twice on one side, give each seed once.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from golf.errors import UsageError
 from golf.sources import Document, read_file
+
+SHOWN_BYTES = 20_000  # of a text that is drawn
 
 
 def read_topics(path: Path) -> list[Document]:
@@ -23,6 +26,43 @@ def read_topics(path: Path) -> list[Document]:
     if not found:
         raise UsageError(f"{path} holds no documents, name lines of {{topic, text}}.")
     return found
+
+
+def chosen_texts(path: Path, per_topic: int) -> list[Document]:
+    """The documents of a file, at most so many of each topic, spread over its sources as they come."""
+    texts = read_topics(path)
+    if per_topic < 0:
+        raise UsageError(f"--per-topic {per_topic}: give 0 or more.")
+    if not per_topic:
+        return texts
+    kept = []
+    for topic in dict.fromkeys(t.topic for t in texts):
+        mine = [t for t in texts if t.topic == topic]
+        kept += [mine[n * len(mine) // per_topic] for n in range(per_topic)] if len(mine) > per_topic else mine
+    return kept
+
+
+def texts_to_draw(path: str) -> list[Document]:
+    """What --text names, as documents. Raises UsageError."""
+    if path != "-" and Path(path).suffix in (".jsonl", ".zst", ".gz"):
+        found = read_topics(Path(path))
+    else:
+        try:
+            raw = sys.stdin.buffer.read(SHOWN_BYTES + 4) if path == "-" else Path(path).read_bytes()
+            text = raw.decode(errors="ignore" if len(raw) > SHOWN_BYTES else "strict")
+        except OSError as error:
+            raise UsageError(f"--text {path}: it cannot be read ({error.strerror}).") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--text {path}: it is not UTF-8 text ({error.reason}).") from error
+        found = [Document(text, "the text" if path == "-" else Path(path).name)] if text else []
+    if not found:
+        raise UsageError(f"--text {path}: it is empty, give text.")
+    kept, left = [], SHOWN_BYTES
+    for one in found:
+        if left > 0:
+            cut = one.text.encode()[:left].decode(errors="ignore")
+            kept, left = [*kept, replace(one, text=cut)], left - len(one.text.encode())
+    return kept
 
 
 @dataclass

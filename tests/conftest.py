@@ -26,6 +26,18 @@ def run(*words: object, cwd: Path = ROOT, timeout: float = 240, **environment: s
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+LONGEST = (
+    "test_cheats", "test_line", "test_referee", "test_prepare", "test_quantize", "test_codec", "test_bundle",
+    "test_depth",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that take longest come first, so that no worker is left with one of them at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(scope="session")
 def library_texts() -> list[sources.Document]:
     """Three hundred documents of the standard library."""

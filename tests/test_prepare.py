@@ -19,7 +19,7 @@ import pytest
 import zstandard
 from conftest import ROOT, run
 
-from golf import casing, prepare, sources, spool
+from golf import casing, prepare, shards, sources, spool
 from golf.bpb import ByteTable, documents
 from golf.data import Corpus, read_shard, write_shard
 from golf.errors import UsageError
@@ -68,7 +68,7 @@ def test_transformed_capitals_leave_the_text_and_its_bytes_as_they_were(tmp_path
     assert data.transform == "case" and all(casing.lower(casing.restore(t)) == t for t in validation)
     originals = [casing.restore(t) for t in validation]
     assert set(originals) < set(texts) and data.manifest["splits"]["train"]["lossy_documents"] == 0
-    sidecar, tokens = read_shard(tmp_path / prepare.SIDECAR), np.concatenate(data.shards("val"))
+    sidecar, tokens = read_shard(tmp_path / shards.SIDECAR), np.concatenate(data.shards("val"))
     assert sidecar.size == tokens.size and data.val_bytes == sum(len(t.encode()) for t in originals) == sidecar.sum()
     starts = np.flatnonzero(tokens == 1)
     assert list(np.add.reduceat(sidecar.astype(int), starts)) == [len(t.encode()) for t in originals]
@@ -265,7 +265,7 @@ def test_a_disk_that_fills_at_any_write_loses_nothing(tmp_path, library_texts, m
 
     texts = [d.text[i : i + 3000] for d in library_texts[:60] for i in range(0, len(d.text), 3000)][:240]
     options = prepare.Options(vocab_size=400, shard_tokens=60_000)
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 60_000)
+    monkeypatch.setattr(shards, "BATCH_BYTES", 60_000)
     monkeypatch.setattr(prepare, "SAMPLE_BYTES", 60_000)
     monkeypatch.setattr(spool, "VALIDATION_LEAST", 50_000)
     real = golf.data.write_bytes
@@ -279,6 +279,7 @@ def test_a_disk_that_fills_at_any_write_loses_nothing(tmp_path, library_texts, m
 
     monkeypatch.setattr(golf.data, "write_bytes", failing)
     monkeypatch.setattr(prepare, "write_bytes", failing)
+    monkeypatch.setattr(shards, "write_bytes", failing)
     monkeypatch.setattr(spool, "write_bytes", failing)
 
     def fresh(name: str) -> Path:
