@@ -38,7 +38,7 @@ from golf.calibrate import calibrate, rehearse
 from golf.clock import Clock, Pace, StepCounter
 from golf.codec import encode, load_artifact
 from golf.config import Config
-from golf.data import Corpus, TokenStream, batches
+from golf.data import Corpus, TokenStream, ahead, batches
 from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.machine import Machine, accumulate, compile_model, keep_memory, peak_memory, set_up, warm_up_in_memory
@@ -144,7 +144,7 @@ def validate(
     nats, count = 0.0, 0
     for index, (inputs, targets) in enumerate(windows(tokens, length, max(1, VALIDATION_TOKENS // length))):
         if index % machine.world == machine.rank:
-            given, wanted = (torch.from_numpy(a).to(machine.device) for a in (inputs, targets))
+            given, wanted = machine.given(inputs), machine.given(targets)
             hidden = model.hidden(given, machine.dtype, loops, config.scoring.isolate)
             nats += float(model.head_loss(hidden, wanted)) * targets.size
             count += targets.size
@@ -185,7 +185,9 @@ def train(
 
     def source_from(length: int, step: int) -> Iterator:
         rows = micro_rows * recipe.sequence_length // length
-        return batches(stream, recipe.batch_tokens, length, recipe.loader, machine.rank, machine.world, rows, step)
+        return ahead(
+            batches(stream, recipe.batch_tokens, length, recipe.loader, machine.rank, machine.world, rows, step)
+        )
 
     length, source = recipe.sequence_length, source_from(recipe.sequence_length, result.steps)
     while (progress := clock.begin_step()) is not None:

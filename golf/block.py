@@ -13,10 +13,10 @@ from golf.shape import BOS, GATE_CHANNELS, Shape
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, half-split: x (B, H, T, head), cos and sin (T, R / 2); channels beyond R stay as they are."""
-    half = cos.size(-1)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+    """Rotary positions, half-split: x (B, T, H, head) with cos and sin (T, 1, head) or (B, T, 1, head), the sine's
+    second half negative. Written as one sum of products: a compiler makes one pass of it, forward and backward."""
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return x * cos + swapped * sin
 
 
 def exclude_own(y: Tensor, v: Tensor) -> Tensor:
@@ -76,13 +76,13 @@ class Given:
     """What every layer reads besides the state: of whole rows, or of some of their positions."""
 
     start: Tensor  # (B, T, D) normalised embeddings
-    cos: Tensor  # (T, R / 2), or (B, 1, N, R / 2)
+    cos: Tensor  # (T, 1, head), or (B, N, 1, head)
     sin: Tensor
     seen: Tensor | None = None  # (B, 1, T, T), or causal
 
     def at(self, place: Tensor) -> Given:
         """Of the positions (B, N) int64 only."""
-        return Given(gathered(self.start, place), self.cos[place][:, None], self.sin[place][:, None])
+        return Given(gathered(self.start, place), self.cos[place], self.sin[place])
 
     def repeated(self, times: int) -> Given:
         """The same rows several times over, one copy after the other."""
@@ -153,21 +153,21 @@ class Block(nn.Module):
         self.down = nn.Parameter(torch.empty(width, hidden))
 
     def attend(
-        self, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, attn_gate: Tensor | None,
-        kept: Kept | None = None,
+        self, x: Tensor, scale: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None,
+        attn_gate: Tensor | None, kept: Kept | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, T, D) normalised -> (B, T, D)."""
+        """x (B, T, D) normalised -> (B, T, D), times scale (D,)."""
         batch, length, width = x.shape
         kv_width = self.kv_heads * self.head_size
         weight = torch.cat((self.query, self.key, self.value)).to(x.dtype)  # one product instead of three
         q, k, v = F.linear(x, weight).split((width, kv_width, kv_width), dim=-1)
         if self.tap:
             self.tap("query", x, q), self.tap("key", x, k), self.tap("value", x, v)
-        q = q.view(batch, length, self.heads, self.head_size).transpose(1, 2)  # (B, H, T, head)
-        k = k.view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
-        v = v.view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
-        q = rotate(F.rms_norm(q, (self.head_size,)), cos, sin) * gain.to(x.dtype)[:, None, None]
-        k = rotate(F.rms_norm(k, (self.head_size,)), cos, sin)
+        size = (self.head_size,)
+        q, k, v = (y.view(batch, length, -1, *size) for y in (q, k, v))  # (B, T, H, head)
+        q = rotate(F.rms_norm(q, size), cos, sin) * gain.to(x.dtype)[:, None]
+        k = rotate(F.rms_norm(k, size), cos, sin)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, head)
         y = causal_attention(q, k, v, seen) if kept is None else causal_attention(q, *kept.take(k, v), kept.seen())
         if self.exclusive:
             y = exclude_own(y, v)
@@ -175,13 +175,22 @@ class Block(nn.Module):
             opened = 2 * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], attn_gate.to(x.dtype)))  # (B, T, H)
             y = y * opened.transpose(1, 2)[..., None]
         y = y.transpose(1, 2).reshape(batch, length, width)
-        out = F.linear(y, self.out.to(x.dtype))
-        if self.tap:
-            self.tap("out", y, out)
-        return out
+        return self.project("out", y, scale)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """x (B, T, D) normalised -> (B, T, D)."""
+    def project(self, name: str, x: Tensor, scale: Tensor) -> Tensor:
+        """x (B, T, C) through the matrix `name` (D, C) back into the stream, times scale (D,).
+
+        The matrix is scaled rather than what comes out of it: the scale's gradient needs no pass over the tokens.
+        """
+        weight = getattr(self, name)
+        if self.tap is None:
+            return F.linear(x, (weight * scale[:, None]).to(x.dtype))
+        out = F.linear(x, weight.to(x.dtype))
+        self.tap(name, x, out)
+        return out * scale.to(x.dtype)
+
+    def feed_forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """x (B, T, D) normalised -> (B, T, D), times scale (D,)."""
         up = F.linear(x, self.up.to(x.dtype))
         if self.activation == "swiglu":
             opened = F.linear(x, self.gate.to(x.dtype))
@@ -190,10 +199,9 @@ class Block(nn.Module):
                 self.tap("gate", x, opened)
         else:
             hidden = (F.leaky_relu(up, 0.5) if self.activation == "leaky-relu2" else F.relu(up)).square()
-        down = F.linear(hidden, self.down.to(x.dtype))
         if self.tap:
-            self.tap("up", x, up), self.tap("down", hidden, down)
-        return down
+            self.tap("up", x, up)
+        return self.project("down", hidden, scale)
 
     def forward(
         self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, attn_scale: Tensor, mlp_scale: Tensor, mix: Tensor,
@@ -209,11 +217,10 @@ class Block(nn.Module):
         mix = mix.to(x.dtype)
         if lane is None:
             x = mix[0] * x + mix[1] * x0
-            found = self.attend(F.rms_norm(x, width), gain, cos, sin, seen, attn_gate, kept)
-            x = x + attn_scale.to(x.dtype) * found
-            return x + mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(x, width))
+            x = x + self.attend(F.rms_norm(x, width), attn_scale, gain, cos, sin, seen, attn_gate, kept)
+            return x + self.feed_forward(F.rms_norm(x, width), mlp_scale)
         normal = F.rms_norm(mix[0] * x + mix[1] * x0, width)
-        found = attn_scale.to(x.dtype) * self.attend(normal, gain, cos, sin, seen, attn_gate, kept)
-        thought = mlp_scale.to(x.dtype) * self.feed_forward(F.rms_norm(lane, width))
+        found = self.attend(normal, attn_scale, gain, cos, sin, seen, attn_gate, kept)
+        thought = self.feed_forward(F.rms_norm(lane, width), mlp_scale)
         a, b = lane_mix.to(x.dtype)
         return a[0] * x + a[1] * found + a[2] * thought, b[0] * lane + b[1] * found + b[2] * thought

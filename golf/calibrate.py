@@ -122,8 +122,8 @@ def calibrate(
         left = seconds_left()
         if machine.largest(1.5 * slowest + end - left) > 0:
             break
-        inputs, targets = (torch.from_numpy(a).to(machine.device) for a in next(source)[0])
-        collector.batch(inputs, targets, machine.dtype, config.recipe.isolate)
+        inputs, targets = next(source)[0]
+        collector.batch(machine.given(inputs), machine.given(targets), machine.dtype, config.recipe.isolate)
         machine.now()
         slowest = max(slowest, left - seconds_left())
     found = collector.finish(machine) if collector.batches else None

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +214,13 @@ def batches(
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         yield [(inputs[i : i + micro], targets[i : i + micro]) for i in range(0, rows, micro)]
         step += 1
+
+
+def ahead(source: Iterator) -> Iterator:
+    """The same items, the next one fetched by a thread while this one is worked on."""
+    with ThreadPoolExecutor(1) as fetching:
+        coming = fetching.submit(next, source)
+        while True:
+            item = coming.result()
+            coming = fetching.submit(next, source)
+            yield item

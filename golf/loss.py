@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 8192  # positions at most whose logits exist at a time
+CHUNK = 8192  # positions at most whose logits exist at a time on a CPU
+CHUNK_LOGITS = 1 << 27  # logits at most that exist at a time on a GPU
 STEEP = 40.0  # up to this cap exp(-2 cap) is far from float32's least number, and no maximum need be found
 
 
@@ -17,9 +18,11 @@ def capped(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits.float() / cap)
 
 
-def pieces(count: int) -> list[slice]:
-    """`count` positions in slices of at most CHUNK, as equal as can be: one shape for a compiler where it divides."""
-    size = -(-count // -(-count // CHUNK))
+def pieces(x: Tensor, vocab_size: int) -> list[slice]:
+    """The positions of x (N, D) in slices of a size that suits its device, as equal as can be: one shape for a compiler
+    where it divides."""
+    count, most = len(x), max(1, CHUNK_LOGITS // vocab_size) if x.is_cuda else CHUNK
+    size = -(-count // -(-count // most))
     return [slice(at, at + size) for at in range(0, count, size)]
 
 
@@ -55,7 +58,7 @@ class CappedCrossEntropy(torch.autograd.Function):
         flat, wanted, narrow = x.detach().flatten(0, -2), targets.flatten(), weight.detach().to(x.dtype)
         scales = scale.detach().float().flatten()
         to_x, to_weight, losses = torch.empty_like(flat), torch.zeros_like(weight), torch.empty_like(scales)
-        for piece in pieces(len(flat)):
+        for piece in pieces(flat, len(weight)):
             losses[piece], to_x[piece], grown = part(flat[piece], narrow, wanted[piece], cap, scales[piece, None])
             to_weight += grown
         losses = losses.view(targets.shape)
@@ -83,7 +86,7 @@ def capped_cross_entropy(
         scale = torch.ones(targets.shape, device=x.device) if shares is None else shares
         return CappedCrossEntropy.apply(x, weight, targets, scale / targets.numel(), cap, part)
     flat, wanted, losses = x.flatten(0, -2), targets.flatten(), []
-    for piece in pieces(len(flat)):
+    for piece in pieces(flat, len(weight)):
         logits = capped(F.linear(flat[piece], weight.to(x.dtype)), cap)
         losses.append(F.cross_entropy(logits, wanted[piece], reduction="none"))
     losses = torch.cat(losses).view(targets.shape)

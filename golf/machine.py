@@ -68,6 +68,11 @@ class Machine:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def given(self, array: np.ndarray) -> Tensor:
+        """The array on the device; the copy to a GPU waits for nothing that the GPU is doing."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
     def add_up(self, tensor: Tensor) -> None:
         """Make a tensor the sum of all ranks', in place."""
         if self.world > 1:
@@ -131,7 +136,7 @@ def set_up(config: Config) -> Machine:
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
-    if kind != "cpu":
+    if kind == "mps":
         notes.append(f"{kind}: written for it, not yet tested on it")
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -152,7 +157,9 @@ def set_up(config: Config) -> Machine:
             raise UsageError(f"--run.compile {mode}: there is no {missing}, install it or give none.")
         mode = "none"
         notes.append(f"compile: none, there is no {missing}")
-    mode = "block" if mode == "auto" else mode
+    if mode == "auto":
+        plain = config.recipe.depth_loss == "last" and config.shape.exit_gate != "act"  # one call of the model
+        mode = "model" if kind == "cuda" and plain else "block"
     return Machine(device, dtype, mode, rank, world, tuple(notes))
 
 
@@ -173,7 +180,7 @@ def accumulate(model: RecurrentGPT, micro: list, machine: Machine, loops: int, o
     """Gradients of the mean loss over a rank's micro-batches, added to .grad; returns that loss."""
     total = torch.zeros((), device=machine.device)
     for inputs, targets in micro:
-        tokens, wanted = (torch.from_numpy(a).to(machine.device, non_blocking=True) for a in (inputs, targets))
+        tokens, wanted = machine.given(inputs), machine.given(targets)
         loss = objective.loss(model, tokens, wanted, machine.dtype, loops) / len(micro)
         loss.backward()
         total += loss.detach()

@@ -127,13 +127,16 @@ class RecurrentGPT(nn.Module):
         return self
 
     def rotary(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of the position angles, (T, rotary_channels / 2) each, computed once for each length."""
+        """cos and sin (T, 1, head) of the position angles, as `rotate` wants them, computed once for each length.
+        Channels that carry no position have the angle 0."""
         key = (length, device, dtype)
         if key not in self.angles:
-            half = self.shape.rotary_channels // 2
-            frequency = self.shape.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
+            half, turned = self.shape.head_size // 2, self.shape.rotary_channels // 2
+            frequency = torch.zeros(half, dtype=torch.float64)
+            frequency[:turned] = self.shape.rope_base ** (-torch.arange(turned, dtype=torch.float64) / turned)
             angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
-            self.angles[key] = (angle.cos().to(device, dtype), angle.sin().to(device, dtype))
+            cos, sin = torch.cat((angle.cos(),) * 2, dim=1), torch.cat((angle.sin(), -angle.sin()), dim=1)
+            self.angles[key] = (cos[:, None].to(device, dtype), sin[:, None].to(device, dtype))
         return self.angles[key]
 
     def hidden(

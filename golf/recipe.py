@@ -187,7 +187,8 @@ class Run:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations and matrix products; auto is bfloat16 where the processor computes it natively."""
     compile: Literal["auto", "block", "model", "none"] = "auto"
-    """What torch.compile sees; auto is block, or none without a C++ compiler."""
+    """What torch.compile sees: each block, which compiles soonest, or the whole model. auto is model on a GPU where the
+    last pass alone is trained, else block, or none without a C++ compiler."""
     overlap: bool = False
     """With several ranks, let each own a part of Muon's matrices and communicate beside the arithmetic."""
     threads: int = 0

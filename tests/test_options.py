@@ -108,8 +108,9 @@ def test_exclusive_attention_is_orthogonal_to_the_own_value():
 
 def test_part_of_the_channels_carries_no_position():
     model = model_of(rotary_share=0.5)
-    cos, _ = model.rotary(9, torch.device("cpu"), torch.float64)
-    assert cos.shape == (9, 2) and Shape(rotary_share=0.25).rotary_channels == 16
+    cos, sin = model.rotary(9, torch.device("cpu"), torch.float64)
+    still = (cos[:, 0] == 1).all(dim=0) & (sin[:, 0] == 0).all(dim=0)
+    assert still.sum() == model.shape.head_size // 2 and Shape(rotary_share=0.25).rotary_channels == 16
 
 
 def test_swiglu_has_as_many_parameters():
