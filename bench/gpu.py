@@ -250,7 +250,10 @@ class Row:
         return line
 
     def failed(self) -> str:
-        """Why there is no result: the last line that it complained of."""
+        """Why there is no result: out of time, or the last line that it complained of."""
+        if self.process.poll() is None and self.lines.empty():
+            self.process.kill()
+            return "out of time"
         self.process.kill()
         self.process.wait()
         return next((e.strip()[:300] for e in reversed(self.errors) if e.strip()), "out of time")
