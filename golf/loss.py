@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from golf.shape import MOST_LOGITS
+
 CHUNK = 8192  # positions at most whose logits exist at a time on a CPU
-CHUNK_LOGITS = 1 << 27  # logits at most that exist at a time on a GPU
 STEEP = 40.0  # up to this cap exp(-2 cap) is far from float32's least number, and no maximum need be found
 
 
@@ -21,7 +22,7 @@ def capped(logits: Tensor, cap: float) -> Tensor:
 def pieces(x: Tensor, vocab_size: int) -> list[slice]:
     """The positions of x (N, D) in slices of a size that suits its device, as equal as can be: one shape for a compiler
     where it divides."""
-    count, most = len(x), max(1, CHUNK_LOGITS // vocab_size) if x.is_cuda else CHUNK
+    count, most = len(x), max(1, MOST_LOGITS // vocab_size) if x.is_cuda else CHUNK
     size = -(-count // -(-count // most))
     return [slice(at, at + size) for at in range(0, count, size)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+MOST_LOGITS = 1 << 27  # that exist at most on a GPU, whatever the batch
 BOS = 1  # the piece that opens a document, in shards and in rows
 
 # How the artifact stores a parameter, by the last part of its name.
