@@ -92,14 +92,54 @@ def whole_square(config, loops: int) -> int:
     return 3 * (forward_flops(config, loops) + layers * 2 * config.shape.width * config.recipe.sequence_length)
 
 
+def kernels(work, wait) -> dict:
+    """Milliseconds of a piece of work by kind of kernel, and its longest kernels: (ms, launches, name)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        work()
+        wait()
+    found = [(e.self_device_time_total / 1e3, e.count, e.key) for e in seen.key_averages()]
+    kinds: dict[str, float] = {}
+    for spent, _, kernel in found:
+        kinds[kind_of(kernel)] = kinds.get(kind_of(kernel), 0.0) + spent
+    return {
+        "kernels_ms": {k: round(v, 2) for k, v in sorted(kinds.items(), key=lambda kv: -kv[1])},
+        "longest": [[round(s, 3), n, k[:100]] for s, n, k in sorted(found, reverse=True)[:30]],
+    }
+
+
+def time_loops(stepper, timed: Timed, parts: list, loops: int) -> dict:
+    """Steps with so many loops, on a batch's parts: what each of them and of its pieces takes."""
+    from golf.machine import accumulate
+    from golf.pace import forward_flops
+
+    def backward() -> None:
+        stepper.optimizers.zero_grad()
+        accumulate(stepper.model, parts[:1], stepper.machine, loops, stepper.objective)
+
+    row: dict = {"first_ms": round(timed.once(backward), 2), "part_ms": timed.often(backward, 10)}
+    timed.wait()
+    began = time.perf_counter()
+    backward()
+    row["launch_ms"] = round(1e3 * (time.perf_counter() - began), 2)  # what the host needs to hand out the work
+    row["update_ms"] = timed.often(lambda: stepper.optimizers.step(0.5), 5)
+    row["step_ms"] = timed.often(lambda: stepper.take(parts, loops), 4)
+    seconds, tokens = 1e-3 * row["step_ms"][1], sum(targets.size for _, targets in parts)
+    row["tokens_per_second"] = round(tokens / seconds)
+    row["flops"] = 3 * forward_flops(stepper.config, loops) * tokens
+    row["flops_per_second"] = row["flops"] / seconds
+    row["flops_per_second_whole_square"] = whole_square(stepper.config, loops) * tokens / seconds
+    return {**row, **kernels(backward, timed.wait)} if timed.cuda else row
+
+
 def measure(preset: str, mode: str, device: str) -> None:
     """Compile, say that it is done, wait for the turn, time, and print one line of JSON."""
     import numpy as np
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
-    from golf.machine import accumulate, peak_memory
-    from golf.pace import forward_flops, training_memory
+    from golf.machine import peak_memory
+    from golf.pace import training_memory
     from golf.presets import PRESETS
     from golf.recipe import Run
     from golf.timing import Stepper
@@ -107,56 +147,23 @@ def measure(preset: str, mode: str, device: str) -> None:
     whole = PRESETS[preset].recipe
     recipe = replace(whole, batch_tokens=whole.batch_tokens // RANKS)
     config = replace(PRESETS[preset], recipe=recipe, run=Run(compile=mode, device=device, allow_over_cap=True))
-    length, width = recipe.sequence_length, recipe.batch_tokens // recipe.sequence_length
-    generator = np.random.default_rng(0)
-    parts = []
-    for _ in range(RANKS):
-        tokens = generator.integers(0, config.shape.vocab_size, (width, length + 1))
-        parts.append((tokens[:, :-1].copy(), tokens[:, 1:].copy()))
+    rows, length = recipe.batch_tokens // recipe.sequence_length, recipe.sequence_length
+    tokens = np.random.default_rng(0).integers(0, config.shape.vocab_size, (RANKS, rows, length + 1))
+    parts = [(part[:, :-1].copy(), part[:, 1:].copy()) for part in tokens]
     stepper = Stepper(config)
-    machine, timed = stepper.machine, Timed(stepper.machine.device)
-    cuda = timed.cuda
-    if cuda:
-        torch.cuda.empty_cache()
+    place, timed = stepper.machine.device, Timed(stepper.machine.device)
+    if timed.cuda:
+        torch.cuda.empty_cache()  # others warm up beside this one
     print(READY, flush=True)
     sys.stdin.readline()
-
-    def backward(loops: int, micro: list) -> None:
-        stepper.optimizers.zero_grad()
-        accumulate(stepper.model, micro, machine, loops, stepper.objective)
-
-    loop_counts = [1, config.shape.loops] if config.recipe.loops_from else [config.shape.loops]
-    found: dict = {
-        "preset": preset, "compile": mode, "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "warm_up_seconds": round(stepper.warm_up_seconds, 1), "loops": {},
+    counts = [1, config.shape.loops] if recipe.loops_from else [config.shape.loops]
+    found = {
+        "preset": preset, "compile": mode, "device": torch.cuda.get_device_name() if timed.cuda else "cpu",
+        "warm_up_seconds": round(stepper.warm_up_seconds, 1),
+        "loops": {str(loops): time_loops(stepper, timed, parts, loops) for loops in counts},
+        "memory": [peak_memory(place), training_memory(config)],
+        "products": rate_of_products(place, stepper.machine.dtype),
     }  # fmt: skip
-    for loops in loop_counts:
-        first = timed.once(lambda loops=loops: backward(loops, parts[:1]))  # the step that switches
-        row: dict = {"first_ms": round(first, 2), "part_ms": timed.often(lambda: backward(loops, parts[:1]), 10)}  # noqa: B023
-        timed.wait()
-        began = time.perf_counter()
-        backward(loops, parts[:1])
-        row["launch_ms"] = round(1e3 * (time.perf_counter() - began), 2)  # what the host needs to hand out the work
-        row["update_ms"] = timed.often(lambda: stepper.optimizers.step(0.5), 5)
-        row["step_ms"] = timed.often(lambda: stepper.take(parts, loops), 4)  # noqa: B023
-        seconds = 1e-3 * row["step_ms"][1]
-        row["tokens_per_second"] = round(whole.batch_tokens / seconds)
-        for name, flops in (("", 3 * forward_flops(config, loops)), ("_whole_square", whole_square(config, loops))):
-            row["flops_per_second" + name] = flops * whole.batch_tokens / seconds
-        row["flops"] = 3 * forward_flops(config, loops) * whole.batch_tokens
-        if cuda:
-            with profile(activities=[ProfilerActivity.CUDA]) as seen:
-                backward(loops, parts[:1])
-                timed.wait()
-            kinds: dict[str, float] = {}
-            kernels = [(e.self_device_time_total / 1e3, e.count, e.key) for e in seen.key_averages()]
-            for spent, _, kernel in kernels:
-                kinds[kind_of(kernel)] = kinds.get(kind_of(kernel), 0.0) + spent
-            row["kernels_ms"] = {k: round(v, 2) for k, v in sorted(kinds.items(), key=lambda kv: -kv[1])}
-            row["longest"] = [[round(s, 3), n, k[:100]] for s, n, k in sorted(kernels, reverse=True)[:30]]
-        found["loops"][str(loops)] = row
-    found["memory"] = [peak_memory(machine.device), training_memory(config)]
-    found["products"] = rate_of_products(machine.device, machine.dtype)
     print(json.dumps(found), flush=True)
 
 

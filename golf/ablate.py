@@ -50,6 +50,7 @@ import tyro
 
 from golf import records
 from golf.console import parse, run_script
+from golf.data import Corpus
 from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.plan import Plan, average_step_flops, budget_flags, configuration, make_plan, read_plan, words_of, work_of
@@ -118,9 +119,10 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
     kept = (
         "status", "reason", "val_bpb", "val_loss", "unpacked_val_bpb", "quantization_penalty", "bytes_total",
         "bytes_model", "steps", "tokens", "training_flops", "tokens_per_second", "train_seconds", "peak_memory",
-        "train_loss",
+        "train_loss", "unpacked_val_loss",
     )  # fmt: skip
-    return {**row, **{key: record.get(key) for key in kept}}
+    epochs = (record.get("tokens") or 0) / Corpus(config.run.data).tokens["train"]
+    return {**row, **{key: record.get(key) for key in kept}, "epochs": round(epochs, 4)}
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from golf.errors import UsageError
@@ -98,14 +99,14 @@ def table(plan: Plan, rows: list[dict]) -> str:
     lines = [
         f"Equal {plan.equal}: {plan.amount:g} {unit}, seeds {plan.seeds}{', judged' if plan.judge else ''}.\n",
         f"| variant | bpb | sd | less than {control} | pairs' sd | Welch p | bytes | steps | ms/step | tokens/s "
-        "| runs |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| epochs | validation less training loss, nats | runs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in sorted(found, key=lambda v: mean([bpb_of(r) for r in found[v]])):
         mine = found[variant]
         crashed = sum(r["variant"] == variant and r.get("status") == "crash" for r in rows)
         if not mine:
-            lines.append(f"| {variant} | - | - | - | - | - | - | - | - | - | 0, {crashed} crashed |")
+            lines.append(f"| {variant} |{' - |' * 11} 0, {crashed} crashed |")
             continue
         scores = [bpb_of(r) for r in mine]
         gains = [base[r["seed"]] - bpb_of(r) for r in mine if r["seed"] in base]
@@ -116,12 +117,30 @@ def table(plan: Plan, rows: list[dict]) -> str:
             f"{mean([r['steps'] for r in mine]):,.0f} | "
             f"{1e3 * mean([r['train_seconds'] / max(1, r['steps']) for r in mine]):.1f} | "
             f"{mean([r['tokens_per_second'] for r in mine]):,.0f} | "
+            f"{average(mine, epochs_of, '.2f')} | {average(mine, gap_of, '+.3f')} | "
             f"{len(mine)}{f', {crashed} crashed' if crashed else ''} |"
         )
     if every > len(rows):
         lines.append(f"\n{every - len(rows)} rows are of other configurations, as by options that have changed since, "
                      "and are left out.")  # fmt: skip
     return "\n".join(lines)
+
+
+def epochs_of(row: dict) -> float | None:
+    """How often the run went over its text."""
+    return row.get("epochs")
+
+
+def gap_of(row: dict) -> float | None:
+    """Nats a token by which the weights do worse on validation text than on their last batch."""
+    both = row.get("unpacked_val_loss"), row.get("train_loss")
+    return None if None in both else both[0] - both[1]
+
+
+def average(rows: list[dict], of: Callable[[dict], float | None], form: str) -> str:
+    """The mean over those rows that have it, as a table shows it."""
+    found = [value for row in rows if (value := of(row)) is not None]
+    return f"{mean(found):{form}}" if found else "-"
 
 
 def mean(values: list[float]) -> float:
