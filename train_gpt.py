@@ -185,9 +185,8 @@ def train(
 
     def source_from(length: int, step: int) -> Iterator:
         rows = micro_rows * recipe.sequence_length // length
-        return ahead(
-            batches(stream, recipe.batch_tokens, length, recipe.loader, machine.rank, machine.world, rows, step)
-        )
+        source = batches(stream, recipe.batch_tokens, length, recipe.loader, machine.rank, machine.world, rows, step)
+        return source if machine.device.type == "cpu" else ahead(source)  # a processor has nothing to do beside
 
     length, source = recipe.sequence_length, source_from(recipe.sequence_length, result.steps)
     while (progress := clock.begin_step()) is not None:

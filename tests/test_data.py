@@ -15,7 +15,7 @@ from conftest import ROOT, unpacked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.data import Corpus, TokenStream, batches, read_shard, write_shard
+from golf.data import Corpus, TokenStream, ahead, batches, read_shard, write_shard
 from golf.errors import UsageError
 from golf.files import write_bytes
 
@@ -154,3 +154,21 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["keep.bin"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000
+
+
+def test_batches_read_ahead_are_the_same_and_a_fault_among_them_is_told(corpus):
+    stream = TokenStream(Corpus(corpus).shards("train"))
+    plain, early = batches(stream, 1024, 64, "strided"), ahead(batches(stream, 1024, 64, "strided"))
+    for ours, theirs in itertools.islice(zip(plain, early, strict=True), 20):
+        for (a, b), (c, d) in zip(ours, theirs, strict=True):
+            assert np.array_equal(a, c) and np.array_equal(b, d)
+    early.close()
+
+    def broken():
+        yield 1
+        raise UsageError("the shard was cut")
+
+    source = ahead(broken())
+    assert next(source) == 1
+    with pytest.raises(UsageError, match="cut"):
+        next(source)

@@ -262,7 +262,7 @@ def test_a_wall_clock_that_jumps_moves_no_deadline(corpus, tmp_path):
 
 
 def test_two_runs_started_at_once_in_one_folder_leave_one(corpus, tmp_path):
-    more = ("--run.max-steps", 5, "--pack.calibration-batches", 0)
+    more = ("--run.max-steps", 5, "--pack.calibration-batches", 0, "--run.name", "same")
     with Launched(corpus, tmp_path, 1, *more) as one, Launched(corpus, tmp_path, 1, *more) as two:
         assert sorted((one.ends(), two.ends())) == [0, 2]
         assert "exists already" in one.text + two.text
