@@ -97,7 +97,7 @@ def test_the_repository_holds_no_large_files_and_no_data():
         return
     names = [row.split("\t", 1)[1] for row in done.stdout.decode().split("\0") if row]
     assert not [n for n in names if n.endswith((".zst", "tokenizer.model")) or n.startswith("data/")]
-    assert sum((ROOT / n).stat().st_size for n in names if (ROOT / n).exists()) < 25_000_000
+    assert sum((ROOT / n).stat().st_size for n in names if (ROOT / n).exists()) < 15_000_000
 
 
 @pytest.mark.parametrize("command", [
