@@ -69,9 +69,9 @@ class Machine:
         return tensor.tolist()
 
     def given(self, array: np.ndarray) -> Tensor:
-        """The array on the device; the copy to a GPU waits for nothing that the GPU is doing."""
+        """The array as a tensor of its type on the device; a copy to a GPU waits for nothing that the GPU is doing."""
         tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
     def add_up(self, tensor: Tensor) -> None:
         """Make a tensor the sum of all ranks', in place."""
