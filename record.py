@@ -7,6 +7,7 @@
     python record.py report FOLDER [--against RUN] [--output PAGE.html]
     python record.py submit RUN RUN RUN... --name NAME --author WHO --github-id ID
     python record.py verify FOLDER [--data DIR]
+    python record.py judge FOLDER [--data DIR]                  a run that was not, or not to its end
     python record.py watch FOLDER                               follow a run from another terminal
     python record.py leaderboard [--runs DIR]
     python record.py clean [--runs DIR] [--yes]
@@ -26,6 +27,7 @@ from tyro.conf import Positional
 
 from golf import records, run_list
 from golf.console import parse, printable, run_script
+from golf.data import Corpus
 from golf.errors import UsageError
 from golf.files import write_bytes
 
@@ -183,6 +185,29 @@ def watch(folder: Positional[str]) -> int:
     return live.watch(Path(folder))
 
 
+def judge(folder: Positional[str], data: str = "") -> int:
+    """Have the referee score a finished run that has no score yet, as after --run.no-judge or an interruption. Exit 1
+    where it is invalid.
+
+    Args:
+        folder: A run folder.
+        data: Prepared data; what the run trained on when empty.
+    """
+    from golf import report as pages
+
+    place = Path(folder)
+    record = run_list.recorded(place).record
+    if record.status != "complete" or not (place / "model.bin").exists():
+        raise UsageError(f"{folder}: the run is {record.status}, or has no artifact; name one that was packed.")
+    text = data or record.config.get("run", {}).get("data", "")
+    Corpus(text, "--data")
+    record = records.judged(place, record, Path(text))
+    pages.write(place)
+    print("\n".join(f"{key}: {value}" for key, value in record.closing().items()))
+    print(printable(f"verdict: {records.said_verdict(records.read_verdict(place))}"))
+    return 0 if record.status == "complete" else 1
+
+
 def leaderboard(runs: str = "runs") -> int:
     """Write RUNS/LEADERBOARD.md from every scored run; corpora and tracks are never mixed.
 
@@ -332,7 +357,7 @@ def sample(arguments: SampleArguments) -> int:
 
 COMMANDS = {
     "list": list_runs, "show": show, "compare": compare, "report": report, "submit": submit, "verify": verify,
-    "watch": watch, "leaderboard": leaderboard, "clean": clean, "sample": SampleArguments,
+    "judge": judge, "watch": watch, "leaderboard": leaderboard, "clean": clean, "sample": SampleArguments,
 }  # fmt: skip
 
 

@@ -217,8 +217,8 @@ def batches(
 
 
 def ahead(source: Iterator) -> Iterator:
-    """The same items of an endless source, the next one fetched by a thread while this one is worked on. What the source
-    raises is raised here, where its item would be."""
+    """The same items of an endless source, the next one fetched by a thread while this one is worked on. What the
+    source raises is raised where its item would be."""
     with ThreadPoolExecutor(1) as fetching:
         coming = fetching.submit(next, source)
         while True:

@@ -197,7 +197,7 @@ def read_verdict(folder: Path) -> dict | None:
 def said_verdict(verdict: dict | None) -> str:
     """A verdict in a line."""
     if not verdict:
-        return "none; python eval_bpb.py judges it"
+        return "none; python record.py judge FOLDER asks for it"
     passed = sum(c["status"] == "passed" for c in verdict["checks"])
     said = "valid" if verdict["valid"] else f"INVALID, {verdict['invalid']}"
     return f"{said} ({passed} of {len(verdict['checks'])} checks passed)"
@@ -335,7 +335,7 @@ def judged(folder: Path, record: Record, data: Path) -> Record:
     try:
         verdict = json.loads(done.stdout)
         if "invalid" in verdict:
-            record = replace(record, status="invalid", reason=str(verdict["invalid"]))
+            record = replace(record, status="invalid", reason=str(verdict["invalid"]), val_loss=None, val_bpb=None)
             write(folder, record)
             return record
         record = replace(
@@ -343,7 +343,10 @@ def judged(folder: Path, record: Record, data: Path) -> Record:
             val_tokens=verdict["val_tokens"], val_bytes=verdict["val_bytes"], model_sha256=verdict["model_sha256"],
         )  # fmt: skip
     except (ValueError, KeyError) as error:
-        raise UsageError(f"The referee gave no score for {folder} (exit {done.returncode}, {error!r}).") from error
+        why = f"it was ended by signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
+        raise UsageError(
+            f"The referee gave no score for {folder} ({why}); `python record.py judge {folder}` asks it again."
+        ) from error
     write(folder, record)
     return record
 

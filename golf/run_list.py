@@ -154,7 +154,10 @@ def sides(ours: list[Path], theirs: list[Path], mixed: bool) -> tuple[list[Recor
         for run in runs:
             if run.record.val_bpb is None or run.record.val_loss is None or run.status != "complete":
                 why = f"{run.status}: {run.reason}" if run.reason else run.status
-                raise UsageError(f"{run.folder}: it has no valid score ({why}), leave it out.")
+                way_out = "leave it out"
+                if run.status == "complete":
+                    why, way_out = "not judged", f"`python record.py judge {run.folder}` asks for one"
+                raise UsageError(f"{run.folder}: it has no valid score ({why}), {way_out}.")
         read = [run.record for run in runs]
         seeds = [r.seed for r in read]
         if (twice := next((s for s in seeds if seeds.count(s) > 1), None)) is not None:

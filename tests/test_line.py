@@ -44,6 +44,16 @@ def trained(corpus, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess
     return only(runs), done
 
 
+def test_a_run_without_a_score_is_judged_later(trained, corpus, tmp_path):
+    folder = tmp_path / "later"
+    shutil.copytree(trained[0], folder)
+    told = json.loads((folder / "submission.json").read_text())
+    (folder / "submission.json").write_text(json.dumps(told | {"val_bpb": None, "val_loss": None}))
+    done = run("record.py", "judge", folder, "--data", corpus)
+    assert done.returncode == 0 and "verdict: valid" in done.stdout, done.stderr
+    assert json.loads((folder / "submission.json").read_text())["val_bpb"] == pytest.approx(told["val_bpb"], abs=1e-12)
+
+
 def test_the_closing_block_is_the_record(trained):
     folder, done = trained
     record = json.loads((folder / "submission.json").read_text())

@@ -268,6 +268,16 @@ def test_what_the_referee_calls_invalid_is_never_ranked_or_compared(tmp_path):
     assert done.returncode == 2 and "no valid score (invalid: it looks ahead)" in done.stderr
 
 
+def test_a_run_that_was_not_judged_is_told_how(tmp_path):
+    ours = [folder_of(tmp_path, "none", val_bpb=None, val_loss=None)]
+    theirs = [folder_of(tmp_path, "one", seed=2)]
+    with pytest.raises(UsageError, match=r"not judged\), `python record.py judge \S+/none`"):
+        run_list.sides(ours, theirs, mixed=False)
+    for words, said in (((ours[0],), "no artifact"), ((tmp_path / "nothing",), "cannot be read")):
+        done = run("record.py", "judge", *words)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_a_run_that_is_being_judged_is_running(tmp_path):
     folder = folder_of(tmp_path, "packed", val_bpb=None, val_loss=None)
     with open(folder / "log.jsonl", "a") as log:
