@@ -26,6 +26,7 @@ SUMS_TO_ONE = 1e-3  # how far probabilities may sum from 1
 SAME = {False: 0.0, True: 1e-4}  # nats by which blind and committed scores may differ; where shapes depend on content
 AGREE = {"float32": 1e-4, "bfloat16": 5e-2}  # nats between score() and logprobs()
 BATCH_MEAN = {"float32": 1e-5, "bfloat16": 2e-3}  # mean difference, nats, between shapes of a batch
+LEAD = {"float32": 1e-5, "bfloat16": 3e-4}  # nats by which score() may lie above logprobs() on average: rounding has no side
 PROBE_SHARE, LEAST_PROBES, MOST_PROBES = 0.01, 24, 512
 FULL_SHARE = 0.01  # of the rows, asked for in full after score()
 FULL_HIDDEN = 16  # of those, and at least a quarter, asked again with another target
@@ -79,6 +80,33 @@ class Sheet:
 
 
 @dataclass
+class Lead:
+    """How far committed scores lie above the distributions that they should be read from."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, committed: np.ndarray, chosen: np.ndarray) -> None:
+        """Log-probabilities, nats, of the same targets as numbers and out of distributions."""
+        gained = committed.astype(np.float64) - chosen
+        self.count += gained.size
+        self.total += float(gained.sum())
+        self.squares += float((gained**2).sum())
+
+    @property
+    def mean(self) -> float:
+        """Nats a target."""
+        return self.total / max(1, self.count)
+
+    @property
+    def least(self) -> float:
+        """The mean less four standard errors."""
+        spread = max(0.0, self.squares / max(1, self.count) - self.mean**2)
+        return self.mean - 4 * math.sqrt(spread / max(1, self.count))
+
+
+@dataclass
 class Shown:
     """What a scorer said of a row before it was shown the rest."""
 
@@ -107,6 +135,7 @@ class Referee:
         self.flip_nats: list[float] = []
         self.compared = self.identical = self.distributions = 0
         self.worst = 0.0
+        self.lead = Lead()
 
     # -- asking --------------------------------------------------------------------------------------------------
 
@@ -266,7 +295,7 @@ class Referee:
         numbers it gives with the targets before its eyes must be in them."""
         check = (1, 2) if self.full else (4, 4)
         slots = max(1, BUFFER_BYTES // (4 * fresh.vocab * self.submission.context))
-        agree = AGREE[self.submission.precision]
+        agree, lead = AGREE[self.submission.precision], Lead()
         for at in range(0, len(rows), slots):
             batch = [Asked(row, self.flip_of(row)) for row in rows[at : at + slots]]
             shown = np.stack([self.inputs(asked) for asked in batch])
@@ -276,11 +305,19 @@ class Referee:
                 row, flip = asked.row, asked.flip
                 known = self.ledger.scores[row.new]
                 far = np.abs(chosen[n, row.first : flip] - known[: flip - row.first]).max(initial=0.0)
+                lead.add(known[: flip - row.first], chosen[n, row.first : flip])
                 self.sheet.see(check[0], far <= agree, f"a process that never saw the rest gives targets in row "
                                                        f"{row.start} other scores, by {far:.2e} nats")  # fmt: skip
                 off = abs(float(given[n, flip, self.tokens[row.start + flip + 1]] - known[flip - row.first]))
                 self.sheet.see(check[1], off <= agree, f"a process that never saw the target at the flip of row "
                                                        f"{row.start} scores it {off:.2e} nats off")  # fmt: skip
+        self.no_lead(check[1], lead, "that a process which never saw the rest gives")
+
+    def no_lead(self, number: int, lead: Lead, which: str) -> None:
+        """Each score may be off by its precision, but not all to the better side."""
+        allowed = LEAD[self.submission.precision]
+        self.sheet.see(number, lead.least <= allowed, f"scores lie {lead.mean:.1e} nats a target above the "
+                                                      f"distributions {which}, {allowed:g} allowed")  # fmt: skip
 
     def look_again(self, rows: list[Row], repeat: bool) -> None:
         """After the commit: rows in full where only numbers were given, and a row asked for a second time."""
@@ -314,6 +351,7 @@ class Referee:
         agree = AGREE[self.submission.precision]
         for n, row in enumerate(rows):
             far = np.abs(chosen[n, row.first :] - self.ledger.scores[row.new]).max()
+            self.lead.add(self.ledger.scores[row.new], chosen[n, row.first :])
             self.sheet.see(
                 4,
                 far <= agree,
@@ -350,7 +388,9 @@ class Referee:
             self.sheet.see(4, True, "")
             self.sheet.note(4, "scores are read out of the full distributions")
         else:
-            self.sheet.note(4, f"{self.sheet.checks[4].tried} rows asked in full after the commit")
+            self.no_lead(4, self.lead, "asked for after the commit")
+            self.sheet.note(4, f"{self.sheet.checks[4].tried - 1} rows asked in full after the commit, "
+                               f"{self.lead.mean:.1e} nats a target above them")  # fmt: skip
         mean, variance = self.ledger.moments()
         found = np.array(self.flip_nats)
         if found.size >= LEAST_PROBES:

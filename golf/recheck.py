@@ -22,7 +22,7 @@ def fresh_process(referee: Referee, folder: Path, limits: Limits, hidden: Path |
     sheet, submission = referee.sheet, referee.submission
     ledger, rng = referee.ledger, referee.rng
     shut_in = 11 not in sheet.off
-    with Contender(folder, referee.validation.tokenizer.model, limits, hidden, True, shut_in) as fresh:
+    with Contender(folder, referee.validation.tokenizer.shown, limits, hidden, True, shut_in) as fresh:
         if fresh.vocab != referee.contender.vocab or fresh.offers != referee.contender.offers:
             sheet.see(16, False, "a second process offers something else than the first")
             return "not run"

@@ -115,7 +115,7 @@ def leave_like(status):
 def enter(root):
     """The new root, without a way back."""
     with contextlib.suppress(Refused):  # then an empty /proc: some systems forbid a second one
-        mount("proc", root + "/proc", "proc", NO_SUID | NO_DEVICES)
+        mount("proc", root + "/proc", "proc", NO_SUID | NO_DEVICES | READ_ONLY)
     os.chdir(root)
     os.chroot(root)
     os.chdir("/tmp")

@@ -39,6 +39,14 @@ ATTACKS = {
                 if b"pytest" in told or b"eval_bpb" in told:
                     got(told)
     """,
+    "changes the kernel's settings": """
+        for name in ("sys/kernel/core_pattern", "sys/vm/overcommit_memory", "sysrq-trigger", "sys/kernel/hostname"):
+            try:
+                open(os.path.join("/proc", name), "w").close()
+                got(name)
+            except OSError:
+                pass
+    """,
     "signals its parents": """
         for pid in {os.getppid(), 1, 2, 3}:
             if pid != os.getpid():

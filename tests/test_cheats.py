@@ -214,6 +214,7 @@ CHEATS = {
     "leaks_state": Entry(15),
     "batch_neighbours": Entry(14),
     "two_tongues": Entry(4),
+    "rounds_up": Entry(4, keys={"precision": "bfloat16"}),
     "depends_on_shape": Entry(14),
     "adapts_first": Entry(1, keys={"adapts": True, "chunk": 4096}),
     "cannot_forget": Entry(5, keys={"adapts": True, "chunk": 4096}),
