@@ -33,7 +33,7 @@ import tyro
 from golf import evidence, folders, prove, records, submission, validation
 from golf.bpb import Score
 from golf.config import TRACKS
-from golf.console import parse, run_script
+from golf.console import parse, printable, run_script
 from golf.contender import MOST_NUMBERS, Contender, Invalid, Limits
 from golf.data import Corpus
 from golf.errors import UsageError
@@ -291,15 +291,15 @@ def decode(arguments: DecodeArguments) -> str:
 def show(verdict: dict) -> None:
     """The verdict for people."""
     for row in verdict["checks"]:
-        print(f"{row['number']:>3}  {row['check']:<30}{row['status']:<9}{row['evidence']}")
+        print(printable(f"{row['number']:>3}  {row['check']:<30}{row['status']:<9}{row['evidence']}"))
     skipped = ("checks", "valid", "invalid", "retrained")
     for key, value in verdict.items():
         if key not in skipped:
-            print(f"{key}: {value}")
-    print(f"retrained: {verdict['retrained']}")
+            print(printable(f"{key}: {value}"))
+    print(printable(f"retrained: {verdict['retrained']}"))
     ran = sum(row["status"] != "not run" for row in verdict["checks"])
     found = "valid" if verdict["valid"] else "INVALID, " + verdict["invalid"]
-    print(f"verdict: {found} ({ran} of {len(CHECKS)} checks run)")
+    print(printable(f"verdict: {found}") + f" ({ran} of {len(CHECKS)} checks run)")
 
 
 def main() -> int:

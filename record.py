@@ -93,7 +93,7 @@ def show(folder: Positional[str], json: bool = False) -> int:
               "track": record.track, "corpus": record.corpus, **record.closing(),
               "training_flops": record.training_flops or "not counted"}  # fmt: skip
     for loops, bpb in record.quantization_penalty.items():
-        values[f"packing costs at {loops} loops"] = f"{bpb:+.5f} bpb"
+        values[f"packing costs at {loops} loops"] = f"{bpb:+.5f} bpb" if isinstance(bpb, float) else bpb
     if results := record.seed_results():  # a submission tells less of its artifact than a run
         values = {key: value for key, value in values.items() if value}
     for key, value in values.items():
@@ -217,10 +217,10 @@ def leaderboard(runs: str = "runs") -> int:
     folder = runs_folder(runs)
     text = run_list.leaderboard(folder)
     write_bytes(folder / "LEADERBOARD.md", text.encode())
-    print(text, end="")
+    print("\n".join(map(printable, text.split("\n"))), end="")
     for run in run_list.started(folder):
         if run.record is None or run.status == "invalid":
-            print(f"left out: {run.folder.name}: {run.status} {run.reason}".rstrip(), file=sys.stderr)
+            print(printable(f"left out: {run.folder.name}: {run.status} {run.reason}".rstrip()), file=sys.stderr)
     return 0
 
 

@@ -78,6 +78,7 @@ class Result:
     train_seconds: float = 0.0
     loss: float = float("nan")
     peak_memory: int = 0
+    updating: bool = False  # between the first and the last weight of an update
     sensitivities: dict[str, Sensitivity] | None = None
 
 
@@ -103,7 +104,7 @@ class Rollback:
     def take_back(self) -> None:
         """Undo the last update."""
         torch._foreach_copy_(self.tensors(), self.weights)
-        self.average.progress = self.progress
+        self.average.progress, self.result.updating = self.progress, False
         self.result.steps, self.result.tokens, self.result.train_seconds, self.result.loss = self.counts
 
 
@@ -181,6 +182,7 @@ def train(
     clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
     if keeper:
         keeper.begin(model, optimizers, clock, average, objective, noise, result)
+        keeper.rollback = rollback
         rollback.remember()  # a run that goes on falls back to where it does
 
     def source_from(length: int, step: int) -> Iterator:
@@ -219,8 +221,10 @@ def train(
             report({"event": "abandoned", "step": result.steps + 1, "elapsed": round(clock.elapsed(), 3)})
             break
         rollback.remember()
+        result.updating = True
         optimizers.step(progress)
         average.follow(progress)
+        result.updating = False
         seconds = clock.end_step()
         if clock.late:
             report({"event": "late", "step": result.steps + 1, "elapsed": round(clock.elapsed(), 3)})
@@ -353,20 +357,19 @@ def main() -> int:
         with watchdog.Watchdog(machine.rank, machine.world, words.lost) as words.dog:
             try:
                 result = train(config, corpus, machine, interrupt, words.told, keeper)
+                if machine.rank == 0:
+                    with words.weights_kept(result):
+                        try:
+                            pack(result, config, folder / "model.bin", len(code["train_gpt.py"]), log.write)
+                        except UsageError as error:
+                            result.status, result.reason = "crash", str(error)
+                    for name, data in {**code, "tokenizer.model": corpus.tokenizer.read_bytes()}.items():
+                        (folder / name).parent.mkdir(exist_ok=True)
+                        write_bytes(folder / name, data)
+                unpacked = validation_score(result.model, corpus, config, machine) if result.steps else None
             except Exception as error:
                 words.explain(error)
                 raise
-            if machine.rank == 0:
-                try:
-                    pack(result, config, folder / "model.bin", len(code["train_gpt.py"]), log.write)
-                except UsageError as error:
-                    result.status, result.reason = "crash", str(error)
-                if config.run.checkpoint:
-                    records.write_checkpoint(folder, result)
-                for name, data in {**code, "tokenizer.model": corpus.tokenizer.read_bytes()}.items():
-                    (folder / name).parent.mkdir(exist_ok=True)
-                    write_bytes(folder / name, data)
-            unpacked = validation_score(result.model, corpus, config, machine) if result.steps else None
         if machine.rank == 0:
             if unpacked:
                 log.write({"event": "unpacked", "val_loss": unpacked.loss, "val_bpb": unpacked.bpb})

@@ -67,7 +67,7 @@ class Corpus:
             raise UsageError(
                 f"{option} {folder}: no {path.name} there ({error.strerror}); run python -m golf.prepare first."
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{option} {folder}: {path.name} is not JSON ({error}); prepare it again.") from error
         try:
             self.name = str(self.manifest["name"])
@@ -78,7 +78,7 @@ class Corpus:
             }
             self.tokens = {split: int(self.manifest["splits"][split]["tokens"]) for split in ("train", "val")}
             self.val_bytes = int(self.manifest["splits"]["val"]["counted_bytes"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UsageError(f"{option} {folder}: {path.name} lacks {error}; prepare it again.") from error
 
     @property

@@ -27,6 +27,7 @@ from golf.tokenizer_file import USUAL_BYTES
 from golf.validation import Tokenizer, Validation
 
 WINDOW = 32  # bytes that must be equal for stored text, and between two looks at the validation text
+MOST_AT_ONCE = 1 << 16  # places in a file that are compared at a time
 MOST_TEXT = 64_000_000  # bytes of validation text that are looked for
 STORED = 32  # windows, about a kilobyte, that a submission may share with the validation text by chance
 OVERLAP_TOKENS, OVERLAP_SHARE = 32, 0.01  # a document is double when all its windows of so many tokens are
@@ -174,18 +175,17 @@ def shared_windows(data: bytes, pieces: np.ndarray) -> set[int]:
     if not len(pieces) or len(data) < WINDOW:
         return set()
     words = first_words(pieces)
+    index = {piece.tobytes(): n for n, piece in enumerate(pieces)}
     raw = np.frombuffer(data, dtype=np.uint8)
     found: set[int] = set()
     for shift in range(8):
         part = raw[shift : shift + (raw.size - shift) // 8 * 8].view("<u8")
         at = np.searchsorted(words, part).clip(max=words.size - 1)
-        for n in np.flatnonzero(words[at] == part):
-            place, index = shift + 8 * int(n), int(at[n])
-            here = raw[place : place + WINDOW]
-            while index < words.size and words[index] == part[n]:
-                if here.size == WINDOW and np.array_equal(pieces[index], here):
-                    found.add(index)
-                index += 1
+        places = shift + 8 * np.flatnonzero(words[at] == part)
+        places = places[places <= raw.size - WINDOW]
+        for some in np.array_split(places, places.size // MOST_AT_ONCE + 1):  # a file may hold one beginning 1e7 times
+            here = np.ascontiguousarray(raw[some[:, None] + np.arange(WINDOW)]).view(f"V{WINDOW}")
+            found.update(index[piece] for piece in set(here.ravel().tolist()) if piece in index)
     return found
 
 

@@ -26,7 +26,8 @@ SUMS_TO_ONE = 1e-3  # how far probabilities may sum from 1
 SAME = {False: 0.0, True: 1e-4}  # nats by which blind and committed scores may differ; where shapes depend on content
 AGREE = {"float32": 1e-4, "bfloat16": 5e-2}  # nats between score() and logprobs()
 BATCH_MEAN = {"float32": 1e-5, "bfloat16": 2e-3}  # mean difference, nats, between shapes of a batch
-LEAD = {"float32": 1e-5, "bfloat16": 3e-4}  # nats by which score() may lie above logprobs() on average: rounding has no side
+# Nats by which score() may lie above logprobs() on average: rounding takes no side.
+LEAD = {"float32": 1e-5, "bfloat16": 3e-4}
 PROBE_SHARE, LEAST_PROBES, MOST_PROBES = 0.01, 24, 512
 FULL_SHARE = 0.01  # of the rows, asked for in full after score()
 FULL_HIDDEN = 16  # of those, and at least a quarter, asked again with another target

@@ -21,10 +21,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from golf.config import TRACKS
+from golf.console import printable
 from golf.errors import UsageError
 from golf.stats import NATS, P_VALUE, PRACTICE, welch
 
 LINE_LIMIT = 1 << 16  # bytes of a line that are looked at
+CUT = 1000  # of them where a pattern may start anywhere
 TOKENS = {  # targets of the validation set by export, whole rows and with the tail
     62_021_632: "sp1024", 62_021_845: "sp1024 with the tail", 45_508_608: "sp4096", 40_540_160: "sp8192",
     47_851_520: "CaseOps", 47_853_343: "CaseOps with the tail", 63_779_840: "the older sp1024 export",
@@ -94,6 +96,11 @@ class Log:
     settings: dict[str, str] = field(default_factory=dict)
 
 
+def plain(path: Path) -> bool:
+    """Whether it is a file itself, not a link to one, a pipe or a device."""
+    return path.is_file() and not path.is_symlink()
+
+
 def whole(text: bytes) -> int:
     """A count with commas; of so many digits that none is meant, 0."""
     digits = text.replace(b",", b"")
@@ -141,7 +148,7 @@ def read_log(path: Path) -> Log:
             log.codes.append((whole(found[1]), number))
         if found := MIB.search(line):
             log.mebibytes.append((decimal(found[1]), number))
-        if found := FINAL.search(line):
+        if found := FINAL.search(line[:CUT]):
             log.finals.append((found[1].decode(), decimal(found[2]), decimal(found[3]), number))
         if found := EVAL_TIME.search(line):
             log.eval_ms.append((decimal(found[1]) * UNITS[found[2]], number))
@@ -183,8 +190,10 @@ class Linter:
         if not (self.folder / "README.md").is_file():
             self.say("error", self.folder / "README.md", 0, "it is missing")
         named = [self.folder / "submission.json", *sorted(self.folder.glob("submission*.json"))]
-        path = next((p for p in named if p.is_file()), named[0])
+        path = next((p for p in named if plain(p)), named[0])
         try:
+            if path.exists() and not plain(path):
+                raise ValueError("no plain file")
             self.values = json.loads(path.read_bytes())
             if not isinstance(self.values, dict):
                 raise ValueError("it is not an object")
@@ -229,6 +238,9 @@ class Linter:
         if not script.is_file():
             self.say("error", script, 0, "it is missing")
         for path in sorted(self.folder.glob("*.py")):
+            if not plain(path):
+                self.say("error", path, 0, "it is no plain file")
+                continue
             source = path.read_bytes()
             if not source.strip():
                 self.say("error", path, 0, "it is empty")
@@ -250,7 +262,7 @@ class Linter:
         paths = {
             p for pattern in ("*.log", "logs/*.txt", "logs/*.log", "train*.txt") for p in self.folder.glob(pattern)
         }
-        self.logs = [read_log(p) for p in sorted(paths) if p.is_file()]
+        self.logs = [read_log(p) for p in sorted(paths) if plain(p)]
         if not self.logs:
             self.say("error", self.folder, 0, "there is no log")
         for log in self.logs:
@@ -379,7 +391,7 @@ def main(words: list[str]) -> int:
     else:
         for word, findings in found.items():
             for finding in findings:
-                print(finding)
+                print(printable(str(finding)))
             errors = sum(f.level == "error" for f in findings)
             print(f"{word}: {errors} errors, {sum(f.level == 'warning' for f in findings)} warnings")
     return 1 if any(f.level == "error" for findings in found.values() for f in findings) else 0

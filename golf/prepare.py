@@ -32,7 +32,7 @@ from golf import casing, contest, sources
 from golf.bpb import SPACE, ByteTable
 from golf.console import Stage, parse, run_script
 from golf.data import complete
-from golf.errors import UsageError
+from golf.errors import UsageError, require
 from golf.files import write_bytes
 from golf.shape import BOS
 from golf.shards import ShardWriter, transformed, write_sidecar, write_split
@@ -43,6 +43,7 @@ VALIDATION_SHARE = 0.03
 SAMPLE_BYTES = 8_000_000  # text the tokenizer is trained on
 FEW = 50  # fewer documents than this are cut into pieces, so that a share of them can be held out
 PIECE = 8_000
+MOST_TOKENIZER = 1 << 26  # bytes
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,11 @@ def read_tokenizer(path: str) -> bytes:
     """A SentencePiece model file, plain or .zst. Raises UsageError."""
     try:
         data = Path(path).read_bytes()
-        return zstandard.decompress(data, max_output_size=1 << 26) if path.endswith(".zst") else data
+        if path.endswith(".zst"):
+            reader = zstandard.ZstdDecompressor(max_window_size=MOST_TOKENIZER).stream_reader(data)
+            data = reader.read(MOST_TOKENIZER + 1)
+        require(len(data) <= MOST_TOKENIZER, "tokenizer", path, f"it holds more than {MOST_TOKENIZER:,} bytes")
+        return data
     except (OSError, zstandard.ZstdError) as error:
         raise UsageError(f"--tokenizer {path}: cannot be read ({error}).") from error
 

@@ -178,8 +178,12 @@ def differences(told: Told, other: Told) -> str:
 
 def column(rows: list[dict], key: str) -> list[float]:
     """Numbers of a log's rows; what is no number is not a number."""
-    values = [row.get(key) for row in rows]
-    return [float(v) if isinstance(v, (int, float)) else math.nan for v in values]
+    return [finite(row.get(key)) for row in rows]
+
+
+def finite(value: object) -> float:
+    """What a log says, if it is a finite number."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
 
 
 def named(name: str, both: list[Told], number: int) -> str:
@@ -212,12 +216,12 @@ def learning(both: list[Told]) -> list[str]:
 def measured(told: Told, key: str, which: int) -> list[tuple[float, float]]:
     """(place, score) of every look at the validation text, bits a byte (0) or nats a token (1); the packed one last."""
     steps, record = told.of("step"), told.record
-    place = {row.get("step"): row.get(key) for row in steps}
-    looks = [(place.get(r.get("step")), (r.get("val_bpb"), r.get("val_loss"))) for r in told.of("validation")]
+    place = {finite(row.get("step")): row.get(key) for row in steps}
+    looks = [(place.get(finite(r.get("step"))), (r.get("val_bpb"), r.get("val_loss"))) for r in told.of("validation")]
     end = steps[-1].get(key) if steps else None
     looks += [(end, (record.unpacked_val_bpb, record.unpacked_val_loss)), (end, (record.val_bpb, record.val_loss))]
     known = [(x, values[which]) for x, values in looks]
-    return [look for look in known if all(isinstance(v, (int, float)) for v in look)]
+    return [look for look in known if all(math.isfinite(finite(v)) for v in look)]
 
 
 def grid(pictures: list[str]) -> str:
@@ -233,7 +237,7 @@ def pace(both: list[Told]) -> list[str]:
         rates.append(Curve(named("learning rate, of its peak", both, number), x, column(steps, "rate_scale"), number,
                            number > 0))  # fmt: skip
         loops.append(Curve(named("loops", both, number), x, column(steps, "loops"), number, number > 0))
-        batch = (told.record.config.get("recipe") or {}).get("batch_tokens", math.nan)
+        batch = finite((told.record.config.get("recipe") or {}).get("batch_tokens"))
         took = [1e3 * batch / ms if ms else math.nan for ms in column(steps, "ms")]
         speed.append(Curve(named("tokens/s", both, number), x, took, number, number > 0))
     across = "seconds of training"
@@ -247,7 +251,7 @@ def pace(both: list[Told]) -> list[str]:
 def health(told: Told) -> list[str]:
     """Gradient norm, and of each pass the state's norm, its cosine to the pass before, and its loss."""
     steps, passes = told.of("step"), told.of("passes")
-    place = {row.get("step"): row.get("elapsed") for row in steps}
+    place = {finite(row.get("step")): row.get("elapsed") for row in steps}
     across = "seconds of training"
     gradient = Curve("gradient norm", column(steps, "elapsed"), column(steps, "gradient_norm"))
     parts = [figure(line_chart([gradient], across, "norm"), "Gradient norm, before clipping.")]
@@ -257,8 +261,8 @@ def health(told: Told) -> list[str]:
         ("pass_losses", steps, "Training loss when all stop after each pass.", "pass"),
     )
     for key, rows, caption, word in told_of:
-        lists = [(place.get(r.get("step")), r[key]) for r in rows if isinstance(r.get(key), list)]
-        lists = [(x, v) for x, v in lists if all(isinstance(n, (int, float)) for n in (x, *v))]
+        lists = [(place.get(finite(r.get("step"))), r[key]) for r in rows if isinstance(r.get(key), list)]
+        lists = [(x, v) for x, v in lists if all(math.isfinite(finite(n)) for n in (x, *v))]
         count = max((len(values) for _, values in lists), default=0)
         first = 2 if key == "state_cosines" else 1
         curves = [
@@ -291,7 +295,7 @@ def bytes_of(told: Told) -> list[str]:
         counts = parameter_counts(shape)
         by_tile: dict[str, tuple[int, str]] = {}
         for name, rate in bits.items():
-            if name in counts and isinstance(rate, (int, float)):
+            if name in counts and 0 <= finite(rate) <= 64:
                 block = f" {name.split('.')[1]}" if name.startswith("blocks.") else ""
                 label = f"{kind_of(name)}{block}"
                 size = round(rate * counts[name] / 8)
@@ -353,7 +357,8 @@ def origin(told: Told) -> list[str]:
     """Command, environment and configuration."""
     start = told.last("start")
     command = " ".join(map(str, start.get("command", []))) if isinstance(start.get("command"), list) else ""
-    environment = told.record.environment or start.get("environment") or {}
+    environment = told.record.environment or start.get("environment")
+    environment = environment if isinstance(environment, dict) else {}
     rows = [(key, value) for key, value in environment.items()]
     parts = ["<h2>Where it comes from</h2>"]
     if command:

@@ -24,7 +24,8 @@ BEAT = 1.0  # seconds between two signs of life
 PATIENCE = 15.0  # seconds without one
 SOON = 3.0  # the same, once communication has failed
 SLOWEST = 3.0  # times the longest step so far that a rank may take for one
-WAITING = ("distributed_c10d.py", "overlap.py", "resume.py")  # where a rank waits for others, or writes a checkpoint
+# Where a rank waits for others, or writes a checkpoint.
+WAITING = ("distributed_c10d.py", "overlap.py", "resume.py", "machine.py")
 SAVING = 120.0  # seconds that saving what there is may take, which waits for a device that may hang
 
 
@@ -71,21 +72,22 @@ class Watchdog:
             self.thread.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self.ended.set()
         if self.world > 1:
             with contextlib.suppress(RuntimeError):  # the store may have gone with the launcher
-                self.store.set(f"golf/done/{self.rank}", "1")
+                self.store.set(f"golf/done/{self.rank}", f"it ended: {error or kind.__name__}" if kind else "")
             self.thread.join(timeout=2 * BEAT)
 
     def note(self, row: dict) -> None:
         """An event of training, on every rank."""
+        now = time.monotonic()
         if row["event"] == "step":
-            now = time.monotonic()
             if self.step:
                 self.longest = max(self.longest, now - self.step_began)
-            self.step, self.step_began, self.training = row["step"], now, True
-        elif row["event"] == "trained":
+            self.step, self.training = row["step"], True
+        self.step_began = now  # validation and the like are no part of a step
+        if row["event"] == "trained":
             self.training = False
 
     def watch(self) -> None:
@@ -111,7 +113,11 @@ class Watchdog:
         """The ranks that are lost, and how it is known."""
         now, lost = time.monotonic(), {}
         for rank in range(self.world):
-            if rank == self.rank or self.store.check([f"golf/done/{rank}"]):
+            if rank == self.rank:
+                continue
+            if self.store.check([f"golf/done/{rank}"]):
+                if why := self.store.get(f"golf/done/{rank}").decode():
+                    lost[rank] = why.rstrip(".")[:300]
                 continue
             if not self.store.check([f"golf/beat/{rank}"]):
                 continue  # it has not begun

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import struct
@@ -68,9 +69,15 @@ def test_missing_shards_and_folders_are_refused(tmp_path, corpus):
     (copy / "train_000000.bin").unlink()
     with pytest.raises(UsageError, match="train_000000"):
         Corpus(copy).check(512, 64)
-    (copy / "manifest.json").write_text("{")
-    with pytest.raises(UsageError, match="not JSON"):
-        Corpus(copy)
+    told = (copy / "manifest.json").read_text()
+    for bad in ("{", "[" * 100_000, '{"a":' * 100_000):
+        (copy / "manifest.json").write_text(bad)
+        with pytest.raises(UsageError, match="not JSON"):
+            Corpus(copy)
+    for key in ("vocab_size", "tokens", "counted_bytes"):
+        (copy / "manifest.json").write_text(re.sub(rf'"{key}": \d+', f'"{key}": 1e999', told))
+        with pytest.raises(UsageError, match="lacks"):
+            Corpus(copy)
 
 
 def test_data_that_does_not_fit_the_model_is_refused(corpus, tmp_path):

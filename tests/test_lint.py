@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -175,6 +176,22 @@ def test_a_line_without_end_is_cut(tmp_path):
     (here / "train_seed1.log").write_bytes(b"x" * (8 << 20) + b"\nTotal submission size int8+zlib: 17000000 bytes\n")
     found = [f for f in lint.lint(here) if "17,000,000" in f.text]
     assert found and found[0].line == 2
+
+
+def test_links_and_pipes_are_not_followed(tmp_path):
+    here = folder(tmp_path)
+    (here / "x.py").symlink_to("/dev/zero")
+    os.mkfifo(here / "y.py")
+    (here / "more.log").symlink_to("/dev/zero")
+    assert said(lint.lint(here)).count("it is no plain file") == 2
+
+
+def test_a_line_of_one_word_takes_no_square_of_its_length(tmp_path):
+    here = folder(tmp_path)
+    (here / "train_seed1.log").write_bytes((b"final" * 13_000 + b" val_bpb\n") * 20)
+    began = time.process_time()
+    lint.lint(here)
+    assert time.process_time() - began < 5  # 0.1 s here, minutes before
 
 
 def test_the_command(tmp_path):

@@ -398,3 +398,20 @@ def test_locked_flags_of_mounts_do_not_stop_the_isolation(tmp_path, corpus):
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["isolation"] == "isolated"
+
+
+def test_a_file_of_one_beginning_over_and_over_is_searched_in_time():
+    """Eight bytes of a stored piece, a million times: each place has to be compared, and none is it."""
+    text = bytes(np.random.default_rng(1).integers(32, 127, 1 << 16, dtype=np.uint8))
+    pieces = evidence.windows_of(text)
+    file = pieces[5, :8].tobytes() * (1 << 20) + text[320:3_200]
+    began = time.process_time()
+    assert len(evidence.shared_windows(file, pieces)) == 90
+    assert time.process_time() - began < 20  # of the referee's own
+
+
+def test_a_tokenizer_that_unpacks_to_more_than_any_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("some text\n" * 999)
+    (tmp_path / "bomb.model.zst").write_bytes(zstandard.compress(bytes(1 << 27)))
+    done = run("-m", "golf.prepare", "files", tmp_path, "--tokenizer", tmp_path / "bomb.model.zst")
+    assert done.returncode == 2 and "holds more than" in done.stderr and "Traceback" not in done.stderr

@@ -103,6 +103,21 @@ def test_a_strangers_folder_is_shown_escaped_and_without_its_scripts(tmp_path):
     assert "<script" not in page and "<img" not in page and "INVALID" in page and nasty in html.unescape(page)
 
 
+def test_numbers_that_no_picture_has_room_for_are_left_out(tmp_path):
+    record = json.loads((KEPT / "submission.json").read_text())
+    record |= {"environment": {}, "config": record["config"] | {"recipe": {"batch_tokens": "x"}}}
+    (tmp_path / "submission.json").write_text(json.dumps(record))
+    huge = "9" * 400
+    (tmp_path / "log.jsonl").write_text(
+        '{"event": "start", "environment": ["x"], "command": ["x"], "config": {}}\n'
+        f'{{"event": "step", "step": [1], "loss": {huge}, "elapsed": {huge}, "ms": {huge}}}\n'
+        f'{{"event": "passes", "step": [], "state_norms": [{huge}, NaN]}}\n'
+        f'{{"event": "validation", "step": {{}}, "val_bpb": {huge}, "val_loss": Infinity}}\n'
+        '{"event": "packed", "bits": {"embedding": Infinity, "blocks.0.attn.query": -1e308}}\n'
+    )
+    assert "Where it comes from" in report.page(report.read(tmp_path))
+
+
 def test_a_run_that_has_not_ended_has_a_page_and_no_run_has_none(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"event": "step", "step": 1, "loss": 3.0, "elapsed": 1.0}) + "\n")
     assert "unfinished" in words_of(report.page(report.read(tmp_path)))
