@@ -76,6 +76,7 @@ class Result:
     steps: int = 0
     tokens: int = 0
     train_seconds: float = 0.0
+    step_seconds: float = 0.0  # of them without the calibration
     loss: float = float("nan")
     peak_memory: int = 0
     updating: bool = False  # between the first and the last weight of an update
@@ -185,12 +186,12 @@ def train(
         keeper.rollback = rollback
         rollback.remember()  # a run that goes on falls back to where it does
 
-    def source_from(length: int, step: int) -> Iterator:
-        rows = micro_rows * recipe.sequence_length // length
-        source = batches(stream, recipe.batch_tokens, length, recipe.loader, machine.rank, machine.world, rows, step)
-        return source if machine.device.type == "cpu" else ahead(source)  # a processor has nothing to do beside
-
-    length, source = recipe.sequence_length, source_from(recipe.sequence_length, result.steps)
+    source = batches(
+        stream, recipe.batch_tokens, recipe.sequence_length, recipe.loader, machine.rank, machine.world, micro_rows,
+        result.steps,
+    )  # fmt: skip
+    if machine.device.type != "cpu":  # a processor has nothing to do beside
+        source = ahead(source)
     while (progress := clock.begin_step()) is not None:
         if machine.largest(interrupt.asked):
             result.status, result.reason = "interrupted", "asked to stop"
@@ -198,16 +199,13 @@ def train(
                 keeper.keep()
             break
         loops = shape.loops if progress >= recipe.loops_from else 1
-        if recipe.length_at(progress) != length:
-            length = recipe.length_at(progress)
-            source = source_from(length, result.steps)
         optimizers.zero_grad()
         objective.begin(progress)
         with noise.added(progress):
             batch = next(source)
             local_loss = accumulate(model, batch, machine, loops, objective)
         if run.pace:
-            pace.tick(loops, length)
+            pace.tick(loops)
         optimizers.reduce_gradients()
         norm, told = optimizers.gradient_norm(), objective.told(model)
         if recipe.target_depth and loops > 1:
@@ -233,6 +231,7 @@ def train(
         result.steps += 1
         result.tokens += recipe.batch_tokens
         result.loss, result.train_seconds = loss, clock.elapsed()
+        result.step_seconds = result.train_seconds
         report({
             "event": "step", "step": result.steps, "loss": round(loss, 5),
             "elapsed": round(result.train_seconds, 3), "ms": round(seconds * 1e3, 1),

@@ -2,7 +2,8 @@
 
     python bench/scaling.py [--steps 5] [--json]
 
-Each point is a process of its own on the same batch of 4,096 tokens, so that its peak memory is its own; the points of
+Each point is a process of its own on the same batch of 4,096 tokens; its memory is what its peak grew by after the
+imports, the compiler's included, and with two ranks rank 0's. The points of
 a row are compared with the row's first. The exponent is the slope of a line through the logarithms.
 """
 
@@ -28,7 +29,8 @@ AXES = {
 
 
 def point(axis: str, value: int, steps: int) -> None:
-    """In a process of its own: print seconds a step (median), peak bytes and training FLOPs."""
+    """In a process of its own: print seconds a step (median), bytes that the peak grew by, and training FLOPs."""
+    import torch
     import torch.distributed as dist
 
     from golf import pace
@@ -48,12 +50,13 @@ def point(axis: str, value: int, steps: int) -> None:
     elif axis == "row length":
         recipe = replace(recipe, sequence_length=value)
     config = replace(config, shape=shape, recipe=recipe, run=Run(threads=1 if axis == "ranks" else 0))
+    before = peak_memory(torch.device("cpu"))
     stepper = Stepper(config)
     taken = sorted(stepper.step() for _ in range(steps))
     seconds = stepper.machine.largest(taken[steps // 2])
     if stepper.machine.rank == 0:
         print(json.dumps({
-            "value": value, "seconds": seconds, "bytes": peak_memory(stepper.machine.device),
+            "value": value, "seconds": seconds, "bytes": peak_memory(stepper.machine.device) - before,
             "flops": pace.step_work(config)[0],
         }))  # fmt: skip
     if dist.is_initialized():

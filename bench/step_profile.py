@@ -25,9 +25,9 @@ from golf.timing import Stepper
 STEPS = 5
 KINDS = (
     ("products", ("aten::mm", "aten::addmm", "aten::linear")),
-    ("attention's products", ("aten::bmm",)),
+    ("products of batches: attention, Muon", ("aten::bmm",)),
     ("attention, fused", ("aten::_scaled_dot_product",)),
-    ("Muon's products", ("aten::baddbmm",)),
+    ("Muon's sums of products", ("aten::baddbmm",)),
     ("compiled element-wise", ("## Call CompiledFxGraph", "CompiledFunction", "Torch-Compiled")),
     ("Adam", ("Optimizer.step", "aten::_fused_adam")),
     ("embedding", ("aten::embedding", "aten::index")),
@@ -76,7 +76,7 @@ def main() -> None:
     print(f"{result['preset']}, {result['dtype']}, compile {result['compile']}: {result['step']} ms a step")
     total = sum(result["milliseconds"].values())
     for kind, milliseconds in result["milliseconds"].items():
-        print(f"  {kind:<24} {milliseconds:8.1f} ms  {100 * milliseconds / total:5.1f} %")
+        print(f"  {kind:<38} {milliseconds:8.1f} ms  {100 * milliseconds / total:5.1f} %")
 
 
 if __name__ == "__main__":

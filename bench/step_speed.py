@@ -3,17 +3,20 @@
     python bench/step_speed.py [--data data/builtin] [--widths 128,192] [--rounds 7] [--json]
 
 For each width, in turn, several rounds, medians compared: the plain trainer, ours in float32 and in the machine's fast
-type, optimiser and data included; and a step's matrix products alone, forward and backward, in that type.
+type, optimiser and data included; and a step's matrix products alone, forward and backward, in that type. The plain
+trainer steps in a process of its own, whose memory is handled as Python and PyTorch do it by themselves.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -72,10 +75,37 @@ class Products:
         return time.perf_counter() - began
 
 
-def compare(config: Config, stream: TokenStream, rounds: int) -> dict:
-    fast = Ours(replace(config, run=Run()), stream)
+def step_when_asked(end: Connection, config: Config, data: str) -> None:
+    """The plain trainer's process: a step and its seconds for every question."""
+    trainer = PlainTrainer(config, TokenStream(Corpus(data, "--data").shards("train")))
+    while end.recv():
+        end.send(trainer.step())
+
+
+class Plain:
+    """The plain trainer, in a process of its own."""
+
+    def __init__(self, config: Config, data: str):
+        context = multiprocessing.get_context("spawn")
+        self.end, there = context.Pipe()
+        self.process = context.Process(target=step_when_asked, args=(there, config, data), daemon=True)
+        self.process.start()
+
+    def step(self) -> float:
+        self.end.send(True)
+        return self.end.recv()
+
+    def close(self) -> None:
+        self.end.send(False)
+        self.process.join()
+
+
+def compare(config: Config, data: str, rounds: int) -> dict:
+    """Medians of steps in turn. Raises UsageError for data that is not there."""
+    stream = TokenStream(Corpus(data, "--data").shards("train"))
+    fast, trainer = Ours(replace(config, run=Run()), stream), Plain(config, data)
     kind = str(fast.machine.dtype)[6:]
-    rows = {"plain float32": PlainTrainer(config, stream), f"ours {kind}": fast}
+    rows = {"plain float32": trainer, f"ours {kind}": fast}
     if kind != "float32":
         rows["ours float32"] = Ours(replace(config, run=Run(dtype="float32")), stream)
     products = rows[f"products {kind}"] = Products(config, fast.machine.dtype)
@@ -83,6 +113,7 @@ def compare(config: Config, stream: TokenStream, rounds: int) -> dict:
     for _ in range(rounds + 2):
         for name, row in rows.items():
             taken[name].append(row.step())
+    trainer.close()
     middle = {name: statistics.median(seconds[2:]) for name, seconds in taken.items()}
     plain, alone, best = middle["plain float32"], middle[f"products {kind}"], middle[f"ours {kind}"]
     tokens = config.recipe.batch_tokens
@@ -110,7 +141,7 @@ def main() -> None:
             vocab_size=corpus.vocab_size,
         )  # fmt: skip
         config = replace(preset, shape=shape).check()
-        found.append(compare(config, TokenStream(corpus.shards("train")), arguments.rounds))
+        found.append(compare(config, arguments.data, arguments.rounds))
         torch._dynamo.reset()
     if arguments.json:
         print(json.dumps(found))

@@ -34,9 +34,11 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -53,38 +55,61 @@ from golf.console import parse, run_script
 from golf.data import Corpus
 from golf.errors import UsageError
 from golf.files import write_bytes
+from golf.journal import processor
+from golf.log_file import read_log
 from golf.plan import Plan, average_step_flops, budget_flags, configuration, make_plan, read_plan, words_of, work_of
 from golf.result_rows import add_row, bpb_of, read_rows, table, void, wanted
 
 ROOT = Path(__file__).resolve().parent.parent
+LAST_STEPS = 40  # whose mean is the training loss of a row
 
 
 class Load:
-    """What share of the busy processor a process tree had."""
+    """What share of the busy processor some process trees had, while all of them ran."""
 
-    def __init__(self, process: subprocess.Popen):
-        self.process = psutil.Process(process.pid)
-        self.before, self.ours = self.busy(), 0.0
+    def __init__(self, count: int = 1):
+        self.wait, self.roots = count, []
+        self.before = self.ours = self.busy_since = self.ours_before = 0.0
+        self.ended = False
+        self.lock = threading.Lock()
 
     @staticmethod
     def busy() -> float:
         times = psutil.cpu_times()
         return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
 
+    def add(self, process: subprocess.Popen) -> None:
+        """One more; from the last on it counts."""
+        with self.lock:
+            self.roots.append(process)
+            if len(self.roots) == self.wait:
+                self.before, self.ours_before = self.busy(), self.seconds()
+
+    def seconds(self) -> float:
+        """Processor seconds of all trees so far."""
+        total = 0.0
+        for root in self.roots:
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(root.pid)
+                total += sum(sum(p.cpu_times()[:4]) for p in [process, *process.children(recursive=True)])
+        return total
+
     def look(self) -> None:
-        """Note the tree's processor seconds so far."""
-        try:
-            tree = [self.process, *self.process.children(recursive=True)]
-            self.ours = max(self.ours, sum(sum(p.cpu_times()[:4]) for p in tree))
-        except psutil.Error:
-            return
+        """Note the seconds so far, until the first of the trees has ended."""
+        with self.lock:
+            self.ended |= any(root.poll() is not None for root in self.roots)
+            if len(self.roots) == self.wait and not self.ended:
+                found = self.seconds() - self.ours_before
+                if found >= self.ours:
+                    self.ours, self.busy_since = found, self.busy() - self.before
 
     def share(self) -> float:
-        return min(1.0, self.ours / max(1e-9, self.busy() - self.before))
+        return min(1.0, self.ours / max(1e-9, self.busy_since))
 
 
-def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict:
-    """Train one variant once: its row."""
+def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None, load: Load | None = None) -> dict:
+    """Train one variant once: its row. `load` watches the run that is beside it too."""
+    load = load or Load()
     config = configuration(plan, variant, seed)
     with tempfile.TemporaryDirectory(prefix="golf-ablate-") as place:
         words = [*words_of(plan, variant, seed), *budget_flags(plan, variant, config)]
@@ -92,10 +117,10 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
         began = time.time()
         with open(Path(place) / "said", "w") as said:  # a pipe that nobody reads would fill
             process = subprocess.Popen(
-                [sys.executable, "train_gpt.py", *words, *here], cwd=ROOT, stdout=said, stderr=said
+                [sys.executable, str(ROOT / "train_gpt.py"), *words, *here], stdout=said, stderr=said
             )
         pin(cpus or [], process.pid)
-        load = Load(process)
+        load.add(process)
         with ending_with_us():
             while process.poll() is None:
                 load.look()
@@ -111,6 +136,9 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None) -> dict
         if not found:
             return {**row, "status": "crash", "reason": told[-1][:300]}
         record = json.loads(found[0].read_text("utf-8"))
+        rows = read_log(found[0].with_name("log.jsonl"))
+        losses = [r["loss"] for r in rows if r.get("event") == "step" and isinstance(r["loss"], float)]
+        record["train_loss"] = statistics.mean(losses[-LAST_STEPS:]) if losses else None
         if plan.keep:
             target = Path(plan.keep) / f"{variant}-seed{seed}"
             shutil.rmtree(target, ignore_errors=True)
@@ -159,7 +187,7 @@ def with_paces(plan: Plan, results: Path, cpus: list[int] | None = None) -> Plan
         print(f"timing {len(missing)} variants in turn", flush=True)
         with ProcessPoolExecutor(1, get_context("spawn"), pin, (cpus,)) as pool:  # whose memory goes with it
             found = pool.submit(paces, configs).result()
-        known = {name: {"work": works[name], "pace": pace} for name, pace in found.items()}
+        known = {name: {"work": works[name], "pace": pace, "on": processor()} for name, pace in found.items()}
         write_bytes(path, json.dumps(known, indent=1).encode() + b"\n")
     return replace(plan, paces={name: known[name]["pace"] for name in plan.variants})
 
@@ -249,12 +277,12 @@ def carry_out(plan: Plan, results: Path, pairs: bool, most: int = 0) -> list[dic
     width = 2 if pairs and len(cores) >= 2 else 1
     plan = with_paces(plan, results, cores[: len(cores) // width])
     rows = read_rows(results)
-    todo = wanted(plan, rows)
-    todo = todo[:most] if most else todo
-    for at in range(0, len(todo), width):
-        part = todo[at : at + width]
+    done = 0
+    while (todo := wanted(plan, rows)) and not (most and done >= most):  # what was void is wanted once more
+        part = todo[: min(width, most - done) if most else width]
         for number, (variant, seed) in enumerate(part):
-            print(f"[{at + number + 1}/{len(todo)}] {variant}, seed {seed}", flush=True)
+            print(f"[{done + number + 1}/{done + len(todo)}] {variant}, seed {seed}", flush=True)
+        done += len(part)
         for row in side_by_side(plan, part, cores) if width > 1 else [run_one(plan, *part[0], None)]:
             add_row(results, row)
             rows.append(row)
@@ -264,15 +292,13 @@ def carry_out(plan: Plan, results: Path, pairs: bool, most: int = 0) -> list[dic
 
 
 def side_by_side(plan: Plan, part: list[tuple[str, int]], cores: list[int]) -> list[dict]:
-    """Two runs at once, each on half of the cores; each share is of the whole processor, and both are added."""
-    half = len(cores) // 2
+    """Two runs at once, each on half of the cores; their share of the processor is that of both while both ran."""
+    half, load = len(cores) // 2, Load(len(part))
     with ThreadPoolExecutor(2) as pool:
         halves = (cores[:half], cores[half : 2 * half])
-        jobs = [pool.submit(run_one, plan, *one, mine) for one, mine in zip(part, halves, strict=False)]
+        jobs = [pool.submit(run_one, plan, *one, mine, load) for one, mine in zip(part, halves, strict=False)]
         with ending_with_us():
-            rows = [job.result() for job in jobs]
-    total = sum(r["cpu_share"] for r in rows)
-    return [{**r, "cpu_share": round(total, 4)} for r in rows]
+            return [job.result() for job in jobs]
 
 
 if __name__ == "__main__":

@@ -148,8 +148,6 @@ class Block(nn.Module):
         self.value = nn.Parameter(torch.empty(kv_width, width))
         self.out = nn.Parameter(torch.empty(width, width))
         self.up = nn.Parameter(torch.empty(hidden, width))
-        if shape.activation == "swiglu":
-            self.gate = nn.Parameter(torch.empty(hidden, width))
         self.down = nn.Parameter(torch.empty(width, hidden))
 
     def attend(
@@ -192,13 +190,7 @@ class Block(nn.Module):
     def feed_forward(self, x: Tensor, scale: Tensor) -> Tensor:
         """x (B, T, D) normalised -> (B, T, D), times scale (D,)."""
         up = F.linear(x, self.up.to(x.dtype))
-        if self.activation == "swiglu":
-            opened = F.linear(x, self.gate.to(x.dtype))
-            hidden = up * F.silu(opened)
-            if self.tap:
-                self.tap("gate", x, opened)
-        else:
-            hidden = (F.leaky_relu(up, 0.5) if self.activation == "leaky-relu2" else F.relu(up)).square()
+        hidden = (F.leaky_relu(up, 0.5) if self.activation == "leaky-relu2" else F.relu(up)).square()
         if self.tap:
             self.tap("up", x, up)
         return self.project("down", hidden, scale)

@@ -91,9 +91,8 @@ def check_pace(shape: Shape, recipe: Recipe, run: Run) -> None:
         told = said_pace(pace)
     except ValueError:
         told = {}
-    for length, loops in kinds_of_steps(shape, recipe):
-        fits = 0 < told.get((loops, length), 0) < 1e6
-        require(fits, "run.pace", pace, f"give {loops}x{length}=MS, as --run.pace 1x256=300,3x256=450")
+    for loops in kinds_of_steps(shape, recipe):
+        require(0 < told.get(loops, 0) < 1e6, "run.pace", pace, f"give {loops}=MS, as --run.pace 1=300,3=450")
 
 
 def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:
@@ -112,11 +111,7 @@ def check_recipe(recipe: Recipe, run: Run, world_size: int) -> None:
     micro = run.micro_rows
     share = rows // world_size
     require(micro >= 0 and (micro == 0 or share % micro == 0), "run.micro_rows", micro, f"must divide {share} rows")
-    short = recipe.short_length
-    fits = short == 0 or (0 < short < recipe.sequence_length and recipe.sequence_length % short == 0)
-    require(fits, "recipe.short_length", short, f"give a divisor of {recipe.sequence_length}, or 0")
     for name in (
-        "short_until",
         "halt_warmup",
         "decay_taper",
         "average",

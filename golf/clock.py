@@ -78,16 +78,16 @@ class Clock:
 class Pace:
     """A time that passes by what steps are said to take: runs of equal time are then alike on a busy machine too."""
 
-    def __init__(self, seconds: dict[tuple[int, ...], float]):
-        """Seconds of a step of so many passes in rows of a length."""
+    def __init__(self, seconds: dict[int, float]):
+        """Seconds of a step of so many passes."""
         self.seconds, self.time = seconds, 0.0
 
     def now(self) -> float:
         return self.time
 
-    def tick(self, loops: int, length: int) -> None:
+    def tick(self, loops: int) -> None:
         """A step's time passes."""
-        self.time += self.seconds[loops, length]
+        self.time += self.seconds[loops]
 
 
 class StepCounter:

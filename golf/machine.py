@@ -200,8 +200,7 @@ def warm_up(model: RecurrentGPT, optimizers: Optimizers, config: Config, machine
     saved = [p.detach().clone() for p in model.parameters()]
     row = np.arange(micro_rows * recipe.sequence_length, dtype=np.int64).reshape(micro_rows, -1) % shape.vocab_size
     failed = 0.0
-    for length, loops in kinds_of_steps(shape, recipe):
-        row = row.reshape(-1, length)
+    for loops in kinds_of_steps(shape, recipe):
         for _ in range(2):
             try:
                 optimizers.zero_grad()

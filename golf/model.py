@@ -38,7 +38,6 @@ ROLES = {
     "resid_mix": Role("scalar", "mix"),
     "qk_gain": Role("scalar", "gain"),
     "skip_weight": Role("scalar", "one"),
-    "gate": Role("muon", "fan_in"),
     "attn_gate": Role("scalar", "zero"),
     "smear": Role("scalar", "zero"),
     "lane_mix": Role("scalar", "lanes"),

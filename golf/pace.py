@@ -53,22 +53,21 @@ MACHINES = {
 
 def layer_flops(shape: Shape, length: int) -> int:
     """Multiply-adds x 2 of one token in one layer: matrices, and attention to half of a row of `length` on average."""
-    mlp = (3 if shape.activation == "swiglu" else 2) * shape.width * shape.mlp_width
+    mlp = 2 * shape.width * shape.mlp_width
     return 2 * (2 * shape.width**2 + 2 * shape.width * shape.kv_width + mlp) + 2 * shape.width * length
 
 
-def forward_flops(config: Config, loops: int | None = None, length: int = 0) -> int:
-    """Multiply-adds x 2 of one token's forward pass in rows of `length`, or else the recipe's: matrices, causal
-    attention (half the square), head."""
+def forward_flops(config: Config, loops: int | None = None) -> int:
+    """Multiply-adds x 2 of one token's forward pass: matrices, causal attention (half the square), head."""
     shape = config.shape
     layers, ends = layers_and_ends(config, loops)
-    layer = layer_flops(shape, length or config.recipe.sequence_length)
+    layer = layer_flops(shape, config.recipe.sequence_length)
     return layers * layer + ends * 2 * shape.width * shape.vocab_size
 
 
-def step_flops(config: Config, loops: int | None = None, length: int = 0) -> int:
+def step_flops(config: Config, loops: int | None = None) -> int:
     """FLOPs of one training step: forward, and twice that backward."""
-    return config.recipe.batch_tokens * 3 * forward_flops(config, loops, length)
+    return config.recipe.batch_tokens * 3 * forward_flops(config, loops)
 
 
 def layers_and_ends(config: Config, loops: int | None = None) -> tuple[int, int]:

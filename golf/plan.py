@@ -102,7 +102,7 @@ def budget_flags(plan: Plan, variant: str, config: Config) -> list[str]:
 
 # What of a recipe leaves the work of a step of some length and number of passes as it is.
 IDLE = (
-    "loader", "short_length", "short_until", "loops_from", "matrix_rate", "embed_rate", "scalar_rate",
+    "loader", "loops_from", "matrix_rate", "embed_rate", "scalar_rate",
     "momentum", "momentum_start", "momentum_warmup", "matrix_decay", "embed_decay", "decay_taper", "warmdown",
     "rate_floor", "adam_beta1", "adam_beta2", "adam_epsilon", "embed_std", "qk_gain", "matrix_init",
     "noise_from", "noise_step", "halt_penalty", "halt_warmup", "target_depth", "prior_weight", "prior_hazard",

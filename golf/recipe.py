@@ -22,10 +22,6 @@ class Recipe:
     stride apart that visits every row once."""
     isolate: bool = False
     """Attend within a document only."""
-    short_length: int = 0
-    """Tokens a row at first, batches as large; 0 is the same length throughout."""
-    short_until: float = 0.5
-    """Fraction of the clock at which rows become long."""
     matrix_rate: float = 0.04
     """Muon's learning rate."""
     embed_rate: float = 0.05
@@ -90,10 +86,6 @@ class Recipe:
     """Start of the learned gain on normalised queries."""
     matrix_init: Literal["uniform", "orthogonal"] = "uniform"
     """Start of matrices that do not start at zero."""
-
-    def length_at(self, progress: float) -> int:
-        """Tokens a row at `progress` in [0, 1] of the clock."""
-        return self.short_length if self.short_length and progress < self.short_until else self.sequence_length
 
     def decay_at(self, progress: float) -> float:
         """The matrices' weight decay at `progress` in [0, 1] of the clock."""
@@ -220,16 +212,13 @@ class Run:
     """Train even where the budget says that the artifact will not fit."""
 
 
-def said_pace(text: str) -> dict[tuple[int, ...], float]:
-    """LOOPSxLENGTH=MS,... as seconds by (loops, length). Raises ValueError."""
+def said_pace(text: str) -> dict[int, float]:
+    """LOOPS=MS,... as seconds by loops. Raises ValueError."""
     parts = (part.partition("=") for part in text.split(",") if part)
-    return {tuple(map(int, kind.split("x"))): float(ms) / 1e3 for kind, _, ms in parts}
+    return {int(loops): float(ms) / 1e3 for loops, _, ms in parts}
 
 
-def kinds_of_steps(shape: Shape, recipe: Recipe) -> list[tuple[int, int]]:
-    """(row length, loops) of every kind of step that training takes, the deepest, which needs most memory, first."""
-    found = {
-        (recipe.length_at(progress), shape.loops if progress >= recipe.loops_from else 1)
-        for progress in (0.0, recipe.short_until, recipe.loops_from, 1.0)
-    }
-    return sorted(found, key=lambda kind: (-kind[1], -kind[0]))
+def kinds_of_steps(shape: Shape, recipe: Recipe) -> list[int]:
+    """Passes of every kind of step that training takes, the deepest, which needs most memory, first."""
+    found = {shape.loops if progress >= recipe.loops_from else 1 for progress in (0.0, recipe.loops_from)}
+    return sorted(found, reverse=True)

@@ -79,6 +79,7 @@ class Record:
     training_flops: int = 0
     """Counted from the log: forward and backward of every step that stands, at its loops and length."""
     tokens_per_second: float = 0.0
+    """While steps were taken; the calibration at their end is training time too, and not in it."""
     train_seconds: float = 0.0
     eval_seconds: float | None = None
     peak_memory: int = 0
@@ -307,7 +308,7 @@ def from_run(
         context=config.recipe.sequence_length, stride=config.scoring.stride, adapts=config.scoring.adapts,
         chunk=config.scoring.chunk if config.scoring.adapts else 0, content_shapes=config.scoring.exit != "none",
         steps=result.steps, tokens=result.tokens, training_flops=training_flops(folder, config, result.steps),
-        tokens_per_second=round(result.tokens / result.train_seconds, 1) if result.train_seconds else 0.0,
+        tokens_per_second=round(result.tokens / result.step_seconds, 1) if result.step_seconds else 0.0,
         train_seconds=round(result.train_seconds, 3), train_loss=number(result.loss), peak_memory=result.peak_memory,
         unpacked_val_loss=number(unpacked and unpacked.loss), unpacked_val_bpb=number(unpacked and unpacked.bpb),
         quantization_penalty={k: v for k, v in penalty.items() if number(v) is not None},
@@ -319,8 +320,7 @@ def from_run(
 def training_flops(folder: Path, config: Config, steps: int) -> int:
     """FLOPs of the first `steps` steps in a run's log."""
     taken = [r for r in read_log(folder / "log.jsonl") if r.get("event") == "step" and r["step"] <= steps]
-    kinds = Counter((r["loops"], config.recipe.length_at(r["progress"])) for r in taken)
-    return sum(times * step_flops(config, *kind) for kind, times in kinds.items())
+    return sum(times * step_flops(config, loops) for loops, times in Counter(r["loops"] for r in taken).items())
 
 
 def judged(folder: Path, record: Record, data: Path) -> Record:

@@ -115,7 +115,7 @@ def table(plan: Plan, rows: list[dict]) -> str:
             f"| {variant} | {mean(scores):.4f} | {deviation(scores)} | {mean(gains):+.4f} | {deviation(gains)} | "
             f"{'-' if p is None else f'{p:.3f}'} | {mean([r['bytes_total'] for r in mine]):,.0f} | "
             f"{mean([r['steps'] for r in mine]):,.0f} | "
-            f"{1e3 * mean([r['train_seconds'] / max(1, r['steps']) for r in mine]):.1f} | "
+            f"{1e3 * mean([r['tokens'] / max(1, r['steps']) / max(1e-9, r['tokens_per_second']) for r in mine]):.1f} | "
             f"{mean([r['tokens_per_second'] for r in mine]):,.0f} | "
             f"{average(mine, epochs_of, '.2f')} | {average(mine, gap_of, '+.3f')} | "
             f"{len(mine)}{f', {crashed} crashed' if crashed else ''} |"
@@ -132,7 +132,7 @@ def epochs_of(row: dict) -> float | None:
 
 
 def gap_of(row: dict) -> float | None:
-    """Nats a token by which the weights do worse on validation text than on their last batch."""
+    """Nats a token by which the weights do worse on validation text than on their last steps' batches."""
     both = row.get("unpacked_val_loss"), row.get("train_loss")
     return None if None in both else both[0] - both[1]
 

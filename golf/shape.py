@@ -12,7 +12,7 @@ BOS = 1  # the piece that opens a document, in shards and in rows
 TENSOR_CLASSES = {
     "embedding": "embed", "query": "matrix", "key": "matrix", "value": "matrix", "out": "matrix", "up": "matrix",
     "down": "matrix", "attn_scale": "control", "mlp_scale": "control", "resid_mix": "control", "qk_gain": "control",
-    "skip_weight": "control", "gate": "matrix", "attn_gate": "control", "smear": "control", "lane_mix": "control",
+    "skip_weight": "control", "attn_gate": "control", "smear": "control", "lane_mix": "control",
     "exit_weight": "control", "exit_bias": "control",
 }  # fmt: skip
 
@@ -58,8 +58,8 @@ class Shape:
     """U-Net skips over the effective layers: the first half pushes, the second half pops."""
     pass_scalars: bool = False
     """Give every pass of a shared block its own scales, mixes, gains and skip weights (a few kB)."""
-    activation: Literal["relu2", "leaky-relu2", "swiglu"] = "relu2"
-    """The MLP's: squared ReLU, the same with half the slope below zero, or SwiGLU with two thirds of the width."""
+    activation: Literal["relu2", "leaky-relu2"] = "relu2"
+    """The MLP's: squared ReLU, or the same with half the slope below zero."""
     rotary_share: float = 1.0
     """Share of each head's channels that carry positions."""
     exclusive: bool = False
@@ -71,7 +71,7 @@ class Shape:
     lanes: bool = False
     """In the second half of the effective layers keep two residual streams, one read by attention, one by the MLP."""
     loop_scale: bool = False
-    """Divide what each pass of a shared block adds by the number of its passes."""
+    """Divide what a shared block adds by the number of its passes, also while repeats are not switched on yet."""
     exit_gate: Literal["none", "hazard", "act"] = "none"
     """A gate that reads each token's state after a pass: none, the chance to stop if it has not (hazard), or shares
     that add up to one and weigh the passes' states (adaptive computation time)."""
@@ -86,9 +86,8 @@ class Shape:
 
     @property
     def mlp_width(self) -> int:
-        """Hidden channels; with SwiGLU's third matrix as many parameters as without."""
-        share = 2 / 3 if self.activation == "swiglu" else 1
-        return round(share * self.mlp_ratio * self.width)
+        """Hidden channels."""
+        return round(self.mlp_ratio * self.width)
 
     @property
     def rotary_channels(self) -> int:
@@ -165,8 +164,6 @@ class Shape:
             table[f"blocks.{block}.value"] = (self.kv_width, width)
             table[f"blocks.{block}.out"] = (width, width)
             table[f"blocks.{block}.up"] = (hidden, width)
-            if self.activation == "swiglu":
-                table[f"blocks.{block}.gate"] = (hidden, width)
             table[f"blocks.{block}.down"] = (width, hidden)
         rows = self.control_rows
         table["attn_scale"] = table["mlp_scale"] = (rows, width)

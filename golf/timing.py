@@ -35,12 +35,10 @@ class Stepper:
         warm_up(self.model, self.optimizers, config, self.machine, self.rows)
         self.warm_up_seconds = self.machine.now() - began
 
-    def step(self, loops: int | None = None, length: int | None = None) -> float:
-        """Seconds of one step: with all its loops, in rows of the recipe's length, or as said."""
-        usual = self.config.recipe.sequence_length
-        length = length or usual
-        rows = self.rows * usual // length
-        tokens = self.generator.integers(0, self.config.shape.vocab_size, (rows, length + 1))
+    def step(self, loops: int | None = None) -> float:
+        """Seconds of one step: with all its loops, or as said."""
+        length = self.config.recipe.sequence_length
+        tokens = self.generator.integers(0, self.config.shape.vocab_size, (self.rows, length + 1))
         began = self.machine.now()
         self.take([(tokens[:, :-1].copy(), tokens[:, 1:].copy())], loops)
         return self.machine.now() - began
@@ -68,23 +66,23 @@ def paces(configs: dict[str, Config], rounds: int = 25) -> dict[str, str]:
     torch._dynamo.reset()
     keys = {name: work_of(config) for name, config in configs.items()}
     steppers: dict[str, Stepper] = {}
-    kinds: dict[str, set[tuple[int, int]]] = {}
+    kinds: dict[str, set[int]] = {}
     for name, config in configs.items():
         if keys[name] not in steppers:
             steppers[keys[name]] = Stepper(config)
         kinds.setdefault(keys[name], set()).update(kinds_of_steps(config.shape, config.recipe))
     for key, stepper in steppers.items():
-        for length, loops in kinds[key]:
-            stepper.step(loops, length)  # compiled where the first of them did not need it
+        for loops in kinds[key]:
+            stepper.step(loops)  # compiled where the first of them did not need it
     took: dict[tuple, list[float]] = {}
     for _ in range(rounds):
         for key, stepper in steppers.items():
-            for length, loops in kinds[key]:
-                took.setdefault((key, loops, length), []).append(stepper.step(loops, length))
+            for loops in kinds[key]:
+                took.setdefault((key, loops), []).append(stepper.step(loops))
     return {
         name: ",".join(
-            f"{loops}x{length}={1e3 * statistics.median(took[keys[name], loops, length]):.1f}"
-            for length, loops in kinds_of_steps(c.shape, c.recipe)
+            f"{loops}={1e3 * statistics.median(took[keys[name], loops]):.1f}"
+            for loops in kinds_of_steps(c.shape, c.recipe)
         )
         for name, c in configs.items()
     }

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, TINY, run
 
 from golf import records
-from golf.ablate import with_paces
+from golf.ablate import Load, with_paces
 from golf.errors import UsageError
 from golf.plan import average_step_flops, budget_flags, configuration, make_plan, read_plan, words_of, work_of
 from golf.result_rows import bpb_of, read_rows, table, wanted
@@ -180,9 +180,25 @@ def test_a_pace_is_of_what_a_variant_computes(tmp_path, corpus):
                       "variants": {"a": [*TINY]}}, "plan")  # fmt: skip
     results = tmp_path / "rows.jsonl"
     work = work_of(configuration(plan, "a", 1))
-    results.with_suffix(".pace.json").write_text(json.dumps({"a": {"work": work, "pace": "1x64=5.0"}}))
-    assert with_paces(plan, results).paces == {"a": "1x64=5.0"}
+    results.with_suffix(".pace.json").write_text(json.dumps({"a": {"work": work, "pace": "1=5.0"}}))
+    assert with_paces(plan, results).paces == {"a": "1=5.0"}
     slower = replace(plan, variants={"a": [*TINY, "--recipe.matrix-rate", "0.01"]})
-    assert with_paces(slower, results).paces == {"a": "1x64=5.0"}
+    assert with_paces(slower, results).paces == {"a": "1=5.0"}
     with pytest.raises(UsageError, match="delete the file"):
         with_paces(replace(plan, variants={"a": [*TINY, "--shape.width", "64"]}), results)
+
+
+def test_the_share_of_two_runs_is_of_the_time_in_which_both_ran():
+    """One ends early: what comes after says nothing of a pair."""
+    spin = "import time\nend = time.process_time() + {}\nwhile time.process_time() < end: pass\ntime.sleep(1)"
+    short, long = (subprocess.Popen([sys.executable, "-c", spin.format(s)]) for s in (1.5, 3.0))
+    load = Load(2)
+    load.add(short)
+    load.look()
+    assert load.ours == 0
+    load.add(long)
+    while long.poll() is None:
+        load.look()
+        at_the_end = load.ours
+        time.sleep(0.05)
+    assert at_the_end == load.ours and 1.0 < load.ours < 4.0 and 0 < load.share() <= 1

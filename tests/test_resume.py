@@ -21,7 +21,7 @@ from tests.conftest import ROOT, TINY, run
 
 # Everything that a loop carries from step to step.
 FULL = (
-    "--recipe.average", "0.2", "--recipe.short-length", "32", "--recipe.grid-noise", "uniform", "--recipe.noise-from",
+    "--recipe.average", "0.2", "--recipe.grid-noise", "uniform", "--recipe.noise-from",
     "0.2", "--recipe.noise-step", "0.1", "--recipe.loops-from", "0.4", "--recipe.clip-norm", "0.5", "--recipe.loader",
     "strided", "--pack.calibration-batches", "2", "--run.no-judge",
 )  # fmt: skip
@@ -193,7 +193,7 @@ def test_seconds_before_and_after_are_summed_under_the_clock(corpus, tmp_path):
 @pytest.mark.slow
 def test_a_said_pace_counts_steps_and_nothing_else(corpus, tmp_path):
     base = ["train_gpt.py", "smoke", *TINY, "--run.data", str(corpus), "--run.runs", str(tmp_path), "--run.cap", "3",
-            "--run.pace", "1x64=100,3x64=200", "--run.no-judge", "--recipe.loops-from", "0.6"]  # fmt: skip
+            "--run.pace", "1=100,3=200", "--run.no-judge", "--recipe.loops-from", "0.6"]  # fmt: skip
     for name in ("one", "two"):
         done = run(*base, "--run.name", name)
         assert done.returncode == 0, done.stderr
@@ -205,8 +205,8 @@ def test_a_said_pace_counts_steps_and_nothing_else(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    ("--run.pace 1x256=100 --run.no-judge", "give 3x256=MS"), ("--run.pace fast --run.no-judge", "=MS"),
-    ("--run.pace 1x256=100,3x256=200", "--run.no-judge"), ("--run.pace 1x256=-1,3x256=2 --run.no-judge", "=MS"),
+    ("--run.pace 1=100 --run.no-judge", "give 3=MS"), ("--run.pace fast --run.no-judge", "=MS"),
+    ("--run.pace 1=100,3=200", "--run.no-judge"), ("--run.pace 1=-1,3=2 --run.no-judge", "=MS"),
 ])  # fmt: skip
 def test_a_pace_that_tells_too_little_is_refused(flags, said):
     with pytest.raises(UsageError, match=said):
