@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Adaptive depth: how many loops tokens take, by topic with intervals and controls, and drawn on the text.
 
-    python depth_map.py split DOCS.jsonl OUT [--formulaic]      training and held-out documents, equal bytes a topic
+    python depth_map.py split DOCS.jsonl OUT [--formulaic] [--known-difficulty]      training and held-out documents
     python depth_map.py gate RUN OUT --data DIR [--seed N]      train a gate for a packed looped model
     python depth_map.py frontier RUN... --data DIR [--exit RULES] [--png FILE] [--json]
     python depth_map.py topics RUN... --docs FILE.jsonl [--exit RULE] [--controls] [--json]
@@ -44,13 +44,17 @@ def show(result: dict, as_json: bool) -> None:
 # == preparing =====================================================================================================
 
 
-def split(docs: Positional[str], output: Positional[str], formulaic: bool = False, json: bool = False) -> int:
+def split(
+    docs: Positional[str], output: Positional[str], formulaic: bool = False, known_difficulty: bool = False,
+    json: bool = False,
+) -> int:  # fmt: skip
     """Cut documents into a training part, of equal bytes for each topic, and a held-out fifth, both as JSON lines.
 
     Args:
         docs: Documents as JSON lines {topic, text, source}.
         output: Folder to write train.jsonl and held.jsonl to.
         formulaic: Add a topic of formulaic text: licences of the installed packages, tables, lists.
+        known_difficulty: Write known.jsonl too: tasks of the kind that the tenth control asks, to be trained on.
         json: Print one JSON object.
     """
     texts = read_topics(Path(docs))
@@ -58,7 +62,7 @@ def split(docs: Positional[str], output: Positional[str], formulaic: bool = Fals
         from golf import formulaic as made
 
         texts += made.formulaic()
-    number = lambda t: int(hashlib.sha256(t.text.encode()).hexdigest()[:8], 16) / 16**8  # noqa: E731
+    number = lambda t: int(hashlib.sha256(gist(t.text).encode()).hexdigest()[:8], 16) / 16**8  # noqa: E731
     held = [t for t in texts if number(t) < HELD_OUT]
     rest = sorted((t for t in texts if number(t) >= HELD_OUT), key=number)
     size = lambda t: len(t.text.encode())  # noqa: E731
@@ -74,11 +78,22 @@ def split(docs: Positional[str], output: Positional[str], formulaic: bool = Fals
             train.append(replace(text, text=cut))
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", train), ("held", held)):
+    known = []
+    if known_difficulty:
+        from golf.controls import known_difficulty as tasks
+
+        known = tasks(seed=2, documents=400)
+    for name, rows in (("train", train), ("held", held), *([("known", known)] if known else [])):
         lines = (dumps({"topic": t.topic, "source": t.source, "text": t.text}) + "\n" for t in rows)
         write_bytes(folder / f"{name}.jsonl", "".join(lines).encode())
     show({"topics": len(totals), "bytes_a_topic": min(totals.values()), "train": len(train), "held": len(held)}, json)
     return 0
+
+
+def gist(text: str) -> str:
+    """What near-copies of a text share, which stay on one side: letters and digits, but for lines of copyright."""
+    lines = (line for line in text.lower().splitlines() if "copyright" not in line)
+    return "".join(c for line in lines for c in line if c.isalnum()) or text
 
 
 def gate(
@@ -125,6 +140,7 @@ def gate(
     )  # fmt: skip
     again = gates.with_gate(packed, model)
     shape = record.config.get("shape", {}) | {"exit_gate": "hazard"}
+    told["of"] = hashlib.sha256(packed).hexdigest()
     record = replace(record, config=record.config | {"shape": shape}, extra=record.extra | {"gate": told})
     rescored(source, target, {"exit": "gate", "exit_threshold": quantile}, again, record)
     show({"written": output, "bytes_more": len(again) - len(packed), **told}, json)
@@ -148,6 +164,8 @@ class FrontierArguments:
     """Rules."""
     points: int = 3
     """Thresholds of each rule, spread between one pass and all."""
+    threshold: float | None = None
+    """One more of a gate: the one that it was trained for."""
     rows: int = 64
     """Rows of text."""
     repeats: int = 1
@@ -158,9 +176,21 @@ class FrontierArguments:
     """Print one JSON object."""
 
 
+def loaded(folders: tuple[str, ...]) -> list:
+    """The looped models of run folders, each with a name of its own. Raises UsageError."""
+    from golf import depth
+
+    found = [depth.load(Path(folder)) for folder in folders]
+    if len({looped.name for looped in found}) < len(found):
+        for looped, folder in zip(found, folders, strict=True):
+            looped.name = folder.strip("/")
+    if len({looped.name for looped in found}) < len(found):
+        raise UsageError("A run folder is named twice, name each once.")
+    return found
+
+
 def frontier(a: FrontierArguments) -> dict:
     """All points of every run. Raises UsageError."""
-    from golf import depth
     from golf import frontier as curves
 
     if not a.folders:
@@ -170,11 +200,13 @@ def frontier(a: FrontierArguments) -> dict:
             raise UsageError(f"--{name} {getattr(a, name)}: give 1 to 100,000.")
     corpus = Corpus(a.data or f"data/{records.read(Path(a.folders[0])).corpus}", "--data")
     found: dict[str, list] = {}
-    for looped in [depth.load(Path(folder)) for folder in a.folders]:
+    for looped in loaded(a.folders):
         gate = looped.model.shape.exit_gate
         rules = ["gate"] if gate == "act" else [*a.exit, *(["gate"] if gate != "none" and "gate" not in a.exit else [])]
         given = curves.batches(looped, corpus, a.rows)
         chosen = curves.spread(looped, given, list(rules), a.points)
+        if "gate" in rules and a.threshold is not None:
+            chosen.append(("gate", a.threshold))
         found[looped.name] = curves.measure(looped, given, chosen, a.repeats)
     if a.png:
         lines = {}
@@ -195,8 +227,8 @@ class TopicsArguments:
 
     folders: Positional[tuple[str, ...]]
     """Run folders of looped models of one tokenizer; several are crossed with the documents."""
-    docs: str
-    """Documents as JSON lines {topic, text, source}, held out of training."""
+    docs: tuple[str, ...]
+    """Documents as JSON lines {topic, text, source}, held out of training; several files where sources lie apart."""
     exit: Literal["entropy", "margin", "divergence", "difference", "gate", "random"] = "entropy"
     """Rule by which tokens stop; gate asks a model that has one."""
     threshold: float | None = None
@@ -206,7 +238,7 @@ class TopicsArguments:
     per_topic: int = 0
     """Documents of each topic; 0 is all."""
     controls: bool = False
-    """Run the eleven controls too, on the first run; takes some fifteen measurements."""
+    """Run the eleven controls too, the first four on every model, the rest on the first; some fifteen measurements."""
     agreement: bool = False
     """Ask how far runs agree on a token's depth; needs two or more (and is told whenever there are)."""
     draws: int = 1000
@@ -222,14 +254,14 @@ def topics(a: TopicsArguments) -> dict:
     from golf import controls, depth
     from golf import topics as study
 
-    texts = chosen_texts(Path(a.docs), a.per_topic)
+    texts = [text for docs in a.docs for text in chosen_texts(Path(docs), a.per_topic)]
     if not a.folders:
         raise UsageError("topics: name a run folder.")
     if not 10 <= a.draws <= 100_000:
         raise UsageError(f"--draws {a.draws}: give 10 to 100,000.")
     if a.agreement and len(a.folders) < 2:
         raise UsageError("--agreement: it needs two runs or more, name another folder.")
-    models = [depth.load(Path(folder)) for folder in a.folders]
+    models, same = loaded(a.folders), models_of(a.folders)
     if len({m.table.vocab_size for m in models}) > 1:
         raise UsageError("The runs have different tokenizers, give runs of one.")
     for model in models:  # refused before any time is spent
@@ -245,23 +277,35 @@ def topics(a: TopicsArguments) -> dict:
         runs.append(depth.measure(model, texts, rules[-1]))
         found.append({"run": model.name, "threshold": threshold, "mean_depth": float(runs[-1].depth.mean()),
                       "bpb": runs[-1].bits_a_byte})  # fmt: skip
-    resampling = study.Resampling(runs[0], len(runs), a.draws)
+    resampling = study.Resampling(runs[0], len(runs), a.draws, models=same)
     rows = study.by_topic(runs, resampling)
     equal = study.adjusted(runs, resampling)
     explained = [study.shares(r) for r in runs]
     mean_share = {name: float(np.mean([e[name] for e in explained])) for name in explained[0]}
-    agree = study.agreement(runs) if len(runs) > 1 else None
-    checked = controls.all_of_them(models[0], texts, runs[0], a.exit, rules[0]) if a.controls else None
-    gates = checked["1-4 gates"] if checked else None
+    agree = study.agreement(runs, same) if len(set(same)) > 1 else None
+    checked = gates = None
+    if a.controls:
+        first = [same.index(model) for model in sorted(set(same))]  # a run of each model
+        gates = [controls.gates(models[n], texts, runs[n]) for n in first]
+        checked = {"1-4 gates": gates, **controls.all_of_them(models[0], texts, runs[0], a.exit, rules[0])}
     word, said = study.verdict(gates, mean_share["topic_adds"], agree["tokens"] if agree else None)
     return {
         "rule": a.exit, "loops": models[0].loops, "runs": found, "topics": plain(rows),
         "adjusted": {n: e.row() for n, e in zip(runs[0].topics, equal, strict=True)},
         "contrasts": study.contrasts(runs[0].topics, [r["loops"] for r in rows]),
         "contrasts_adjusted": study.contrasts(runs[0].topics, equal),
-        "sources": plain(study.by_source(runs, resampling)), "classes": plain(study.by_class(runs, resampling)),
+        "sources": plain(study.by_source(runs, resampling)),
+        "contrasts_by_source": study.by_pairs_of_sources(runs, resampling),
+        "classes": plain(study.by_class(runs, resampling)),
         "variance_explained": mean_share, "agreement": agree, "controls": checked, "verdict": word, "because": said,
     }  # fmt: skip
+
+
+def models_of(folders: tuple[str, ...]) -> list[int]:
+    """A number for the model of each run, the same where gates were trained for one."""
+    known = [records.read(Path(f)).extra.get("gate") for f in folders]
+    of = [g.get("of") if isinstance(g, dict) and g.get("of") else f for g, f in zip(known, folders, strict=True)]
+    return [list(dict.fromkeys(of)).index(o) for o in of]
 
 
 def plain(rows: list[dict]) -> list[dict]:
@@ -289,13 +333,18 @@ def show_topics(found: dict) -> None:
         for row in found[name]:
             print(f"  {row['topics']:<28} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] "
                   f"p {row['p_holm']:.2g} (Holm)")  # fmt: skip
+    print("\nThe same between sources of 20 documents or more:")
+    for row in found["contrasts_by_source"]:
+        each = "; ".join(f"{' - '.join(s or '-' for s in e['sources'])} {e['mean']:+.3f}" for e in row["pairs"])
+        print(f"  {row['topics']:<28} {row['sources']}: {each}")
     print("\n| source | topic | documents | loops a token |\n|---|---|---|---|")
     for row in found["sources"]:
         print(f"| {row['source'] or '-'} | {row['topic']} | {row['documents']} | {cell(row['loops'])} |")
-    print("\n| kind of token | tokens | loops at it | loops to predict it |\n|---|---|---|---|")
+    print("\n| kind of token | tokens | loops at it | more than the mean token | loops to predict it "
+          "| more than the mean token |\n|---|---|---|---|---|---|")  # fmt: skip
     for row in found["classes"]:
-        pair = [cell(row[c]) if c in row else "-" for c in ("at", "predicting")]
-        print(f"| {row['class']} | {row['tokens']:,} | {pair[0]} | {pair[1]} |")
+        cells = [cell(row[c]) if c in row else "-" for c in ("at", "at_more", "predicting", "predicting_more")]
+        print(f"| {row['class']} | {row['tokens']:,} | {' | '.join(cells)} |")
     shares = found["variance_explained"]
     print("\nShare of depth's variance explained on held-out documents: "
           + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shares.items()))  # fmt: skip
@@ -324,7 +373,7 @@ class MapArguments:
     exit: Literal["entropy", "margin", "divergence", "difference", "gate", "random", "fixed"] = "entropy"
     """Rule by which tokens stop."""
     threshold: float | None = None
-    """The rule's; chosen for --mean-depth on the text itself when absent."""
+    """The rule's; chosen for --mean-depth on the heads of the texts when absent."""
     mean_depth: float = 0.0
     """Mean passes that the threshold is chosen for; 0 is the middle between one and all."""
     output: str = "depth.html"

@@ -139,6 +139,8 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None, load: L
         rows = read_log(found[0].with_name("log.jsonl"))
         losses = [r["loss"] for r in rows if r.get("event") == "step" and isinstance(r["loss"], float)]
         record["train_loss"] = statistics.mean(losses[-LAST_STEPS:]) if losses else None
+        depths = [r["mean_depth"] for r in rows if isinstance(r.get("mean_depth"), float)]
+        record["mean_depth"] = statistics.mean(depths[-LAST_STEPS:]) if depths else None
         if plan.keep:
             target = Path(plan.keep) / f"{variant}-seed{seed}"
             shutil.rmtree(target, ignore_errors=True)
@@ -147,7 +149,7 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None, load: L
     kept = (
         "status", "reason", "val_bpb", "val_loss", "unpacked_val_bpb", "quantization_penalty", "bytes_total",
         "bytes_model", "steps", "tokens", "training_flops", "tokens_per_second", "train_seconds", "peak_memory",
-        "train_loss", "unpacked_val_loss",
+        "train_loss", "unpacked_val_loss", "mean_depth",
     )  # fmt: skip
     epochs = (record.get("tokens") or 0) / Corpus(config.run.data).tokens["train"]
     return {**row, **{key: record.get(key) for key in kept}, "epochs": round(epochs, 4)}

@@ -37,8 +37,10 @@ class Worth:
     seeds: list[int]
     sizes: list[float | None]
     """Of each seed: unlooped blocks over the looped model's own that reach its score; none outside what was run."""
+    depth: float
+    """Mean passes of a token while the last steps were trained; all of them without a gate."""
     phi: float | None
-    """Mean exponent, where every seed has a size."""
+    """Mean exponent over the seeds that have a size."""
     interval: tuple[float, float] | None
     """Of the mean, 95 %, by Student's t over seeds; two or more are needed."""
 
@@ -65,6 +67,7 @@ def measure(plan: Plan, rows: list[dict]) -> list[Worth]:
         for r in rows
         if same(plan, r) and not void(r) and bpb_of(r) is not None
     }  # fmt: skip
+    depth = {(r["variant"], r["seed"]): r.get("mean_depth") for r in rows}
     found = []
     for name in looped:
         shape, sizes, seeds = shapes[name], [], []
@@ -74,9 +77,11 @@ def measure(plan: Plan, rows: list[dict]) -> list[Worth]:
                 seeds.append(seed)
                 sizes.append(equal_size(blocks, [score[v, seed] for _, v in flat], score[name, seed]))
         whole = [math.log(size) / math.log(shape.loops) for size in sizes if size is not None]
-        every = bool(sizes) and len(whole) == len(sizes)
-        found.append(Worth(name, shape.loops, seeds, sizes, statistics.mean(whole) if every else None,
-                           interval(whole) if every else None))  # fmt: skip
+        depths = [depth[name, seed] for seed in seeds if depth.get((name, seed)) is not None]
+        found.append(Worth(
+            name, shape.loops, seeds, sizes, statistics.mean(depths) if depths else shape.loops,
+            statistics.mean(whole) if whole else None, interval(whole) if len(whole) > 1 else None,
+        ))  # fmt: skip
     return found
 
 
@@ -101,12 +106,12 @@ def main() -> int:
 
 def table(found: list[Worth]) -> str:
     """Markdown."""
-    lines = ["| looped | passes | seeds | worth, in its own blocks | phi | 95 % |", "|---" * 6 + "|"]
+    lines = ["| looped | passes | taken | seeds | worth, in its own blocks | phi | 95 % |", "|---" * 7 + "|"]
     for w in found:
         sizes = ", ".join("outside" if size is None else f"{size:.2f}" for size in w.sizes) or "-"
         phi = "-" if w.phi is None else f"{w.phi:.2f}"
         reach = f"{w.interval[0]:.2f} to {w.interval[1]:.2f}" if w.interval else "-"
-        lines.append(f"| {w.variant} | {w.passes} | {len(w.seeds)} | {sizes} | {phi} | {reach} |")
+        lines.append(f"| {w.variant} | {w.passes} | {w.depth:.2f} | {len(w.seeds)} | {sizes} | {phi} | {reach} |")
     return "\n".join(lines)
 
 

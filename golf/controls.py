@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
 import sentencepiece
 import torch
 
-from golf.depth import Looped, measure, rows_of, stopped, threshold_for
+from golf.depth import LENGTH, Looped, measure, rows_of, stopped, threshold_for
 from golf.errors import UsageError
 from golf.exits import Assigned, Rule
 from golf.sources import Document
 from golf.texts import Tokens
-from golf.topics import id_means
+from golf.topics import id_means, interval
 
 SWEEP = (0.3, 0.5, 0.7, 0.9)
+CHANCES = 5  # permutations that random depths are the mean of
 
 
 def assigned(looped: Looped, texts: list[Document], tokens: Tokens, depth: np.ndarray) -> Tokens:
@@ -62,24 +64,36 @@ def lookup_scores(tokens: Tokens, train: np.ndarray) -> np.ndarray:
 def gates(looped: Looped, texts: list[Document], tokens: Tokens, seed: int = 1) -> dict:
     """Controls 1 to 4 on the half of the documents that the lookup was not made from: bits a byte under the rule, and
     under depths of the same histogram given by chance, by chance within each token's identity, by a gate that was never
-    trained, and by a table of tokens; and the share of the rule's gain over chance, if any, that the table reaches."""
+    trained, and by a table of tokens; and the share of the rule's gain over chance that the table reaches. Chance is
+    the mean of CHANCES permutations; intervals are over documents."""
     generator = np.random.default_rng(seed)
     train = tokens.document % 2 == 0
     kept = np.flatnonzero(np.arange(len(texts)) % 2 == 1)
     half = [texts[n] for n in kept]
     mine = tokens.where(~train)
     score = lookup_scores(tokens, train)[~train]
-    by_hand = {
-        "random": generator.permutation(mine.depth),
+    by_hand = {f"random {n}": generator.permutation(mine.depth) for n in range(CHANCES)} | {
         "random within a token": shuffled_within(mine.depth, mine.here, generator),
         "untrained gate": as_histogram(untrained(looped, half, seed), mine.depth, generator),
         "token lookup": as_histogram(score, mine.depth, generator),
     }
-    found = {"rule": mine.bits_a_byte}
-    found |= {name: assigned(looped, half, mine, depth).bits_a_byte for name, depth in by_hand.items()}
-    gain = found["random"] - found["rule"]
-    lookup = (found["random"] - found["token lookup"]) / gain if gain > 0 else None
-    return {"bits_a_byte": found, "gain_over_random": gain, "lookup_share": lookup}
+    lost = {"rule": mine.loss} | {name: assigned(looped, half, mine, d).loss for name, d in by_hand.items()}
+    chance = [lost.pop(f"random {n}") for n in range(CHANCES)]
+    lost["random"] = np.mean(chance, axis=0)
+    number = np.unique(mine.document, return_inverse=True)[1]
+    sums = {name: np.bincount(number, values.astype(np.float64)) / np.log(2) for name, values in lost.items()}
+    size = np.bincount(number, mine.bytes)
+    drawn = generator.multinomial(size.size, np.full(size.size, 1 / size.size), 1000)
+    gain, table = (sums["random"] - sums[name] for name in ("rule", "token lookup"))
+    one = np.ones((1, size.size))
+    over = lambda w: (w @ gain) / (w @ size)  # noqa: E731
+    share = lambda w: (w @ table) / np.where(w @ gain > 0, w @ gain, np.nan)  # noqa: E731
+    return {
+        "bits_a_byte": {name: float(values.sum() / size.sum()) for name, values in sums.items()},
+        "deviation_of_chance": float(np.std([c.sum() / np.log(2) / size.sum() for c in chance], ddof=1)),
+        "gain_over_random": interval(over(one)[0], over(drawn)).row(6),
+        "lookup_share": interval(share(one)[0], share(drawn)).row(),
+    }
 
 
 def untrained(looped: Looped, texts: list[Document], seed: int) -> np.ndarray:
@@ -94,14 +108,15 @@ def untrained(looped: Looped, texts: list[Document], seed: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def shuffled(texts: list[Document], unit: str, seed: int = 1) -> list[Document]:
-    """Documents with their words, or sentences, in another order."""
-    generator, found = np.random.default_rng(seed), []
+def shuffled(looped: Looped, texts: list[Document], unit: str, seed: int = 1) -> list[Document]:
+    """What is measured of documents, with its words or sentences in another order, or (nothing) in its own."""
+    generator, found, length = np.random.default_rng(seed), [], min(LENGTH, looped.context)
     for text in texts:
-        cut = text.text[:2000]
-        parts = cut.split(" ") if unit == "words" else cut.replace("\n", " \n").split(". ")
+        head = looped.table.encode(text.text[: 16 * length])[:length]
+        cut = looped.table.decode(np.array(head)).decode(errors="ignore")
+        parts = re.findall({"words": r"\S+\s*", "sentences": r".+?(?:[.!?\n]\s*|$)"}.get(unit, r"(?s).+"), cut)
         generator.shuffle(parts)
-        found.append(replace(text, text=(" " if unit == "words" else ". ").join(parts)))
+        found.append(replace(text, text="".join(parts) or text.text))
     return found
 
 
@@ -113,17 +128,21 @@ def topic_means(tokens: Tokens) -> dict[str, float]:
 
 
 def split_half(tokens: Tokens) -> float:
-    """How far the two halves of a document agree on its mean depth (Spearman-Brown of the halves' correlation)."""
+    """How far the two halves of a document agree on its mean depth beyond its topic's (Spearman-Brown of the halves'
+    correlation, each less its topic's mean)."""
     middle = np.bincount(tokens.document) // 2
     late = tokens.position >= middle[tokens.document]
-    halves = []
+    topic = np.zeros(middle.size, dtype=np.int64)
+    topic[tokens.document] = tokens.topic
+    used, halves = middle >= 8, []
     for keep in (~late, late):
         count = np.maximum(np.bincount(tokens.document[keep], minlength=middle.size), 1)
-        halves.append(np.bincount(tokens.document[keep], tokens.depth[keep], middle.size) / count)
-    used = middle >= 8
-    if used.sum() < 3 or np.ptp(halves[0][used]) == 0 or np.ptp(halves[1][used]) == 0:
+        means = (np.bincount(tokens.document[keep], tokens.depth[keep], middle.size) / count)[used]
+        of_topic = np.bincount(topic[used], means) / np.maximum(np.bincount(topic[used]), 1)
+        halves.append(means - of_topic[topic[used]])
+    if used.sum() < 3 or np.ptp(halves[0]) == 0 or np.ptp(halves[1]) == 0:
         return 0.0
-    r = float(np.corrcoef(halves[0][used], halves[1][used])[0, 1])
+    r = float(np.corrcoef(*halves)[0, 1])
     return 2 * r / (1 + r) if r > -1 else -1.0
 
 
@@ -186,6 +205,42 @@ def known_difficulty(seed: int = 1, documents: int = 40) -> list[Document]:
     return found
 
 
+# What is to be worked out in a document of known difficulty.
+ANSWERS = {"copy": r"Again: ([^.]*)\.", "modular arithmetic": r"= (\d)", "hop": r"before \w+ is (\w+)"}
+
+
+def answers(texts: list[Document], tokens: Tokens) -> np.ndarray:
+    """(N,) bool: whether a predicted token is part of an answer in documents of known difficulty."""
+    found = np.zeros(tokens.depth.size, dtype=bool)
+    for number, text in enumerate(texts):
+        mine = np.flatnonzero(tokens.document == number)
+        ends = np.cumsum(tokens.bytes[mine])
+        starts = ends - tokens.bytes[mine]
+        pattern = ANSWERS["hop" if text.topic.endswith("hop") else text.topic]
+        for match in re.finditer(pattern.encode(), text.text.encode()):
+            found[mine[(ends > match.start(1)) & (starts < match.end(1))]] = True
+    return found
+
+
+def positive_control(looped: Looped, rule: Rule) -> dict:
+    """Control 10, of a model whose training text held such tasks (`depth_map.py split --known-difficulty`): depth at
+    the answers, what passes gain there, and whether depth rises with the number of hops."""
+    from scipy.stats import spearmanr
+
+    texts = known_difficulty()
+    tokens = measure(looped, texts, rule)
+    asked = tokens.where(answers(texts, tokens))
+    gain = asked.losses[:, 0] - asked.losses[:, -1]
+    hops = np.array([int(t[0]) if t.endswith("hop") else 0 for t in asked.topics])[asked.topic]
+    some = hops > 0
+    varied = some.any() and np.ptp(asked.depth[some]) > 0
+    rises = float(spearmanr(hops[some], asked.depth[some]).statistic) if varied else 0.0
+    told = {t: asked.topic == n for n, t in enumerate(asked.topics) if (asked.topic == n).any()}
+    by_task = lambda v: {t: round(float(v[mine].mean()), 4) for t, mine in told.items()}  # noqa: E731
+    return {"depth": by_task(asked.depth), "gain": by_task(gain), "nats": by_task(asked.losses[:, -1]),
+            "depth_with_hops": round(rises, 4)}  # fmt: skip
+
+
 def clamped(looped: Looped, texts: list[Document], tokens: Tokens) -> dict[str, dict]:
     """Nats a token of each topic when only its own tokens stop after one pass: the causal statement."""
     found = {}
@@ -210,22 +265,20 @@ def tracks_benefit(tokens: Tokens) -> float:
 
 
 def all_of_them(looped: Looped, texts: list[Document], tokens: Tokens, name: str, rule: Rule) -> dict:
-    """The controls of one run; agreement between runs (the sixth) is the caller's, who has them all."""
+    """The controls of one run from the fifth on; agreement between runs (the sixth) is the caller's, who has them
+    all."""
     if len(texts) < 8:
         raise UsageError("--controls: give eight documents or more.")
-    hard = measure(looped, known_difficulty(), rule)
     return {
-        "1-4 gates": gates(looped, texts, tokens),
         "5 shuffled": {
-            unit: topic_means(measure(looped, shuffled(texts, unit), rule)) for unit in ("words", "sentences")
+            unit: topic_means(measure(looped, shuffled(looped, texts, unit), rule))
+            for unit in ("nothing", "words", "sentences")
         },
         "6 split half": round(split_half(tokens), 4),
         "7 thresholds": sweep(looped, texts, name),
         "8 equal loss": matched(tokens),
         "9 loops a byte, retokenised": retokenised(looped, texts, rule),
-        "10 known difficulty": {"depth": topic_means(hard), "gain": {
-            t: round(float((hard.losses[:, 0] - hard.losses[:, -1])[hard.topic == n].mean()), 4)
-            for n, t in enumerate(hard.topics)}},
+        "10 known difficulty": positive_control(looped, rule),
         "11 clamped to one pass": clamped(looped, texts, tokens),
         "depth and gain": round(tracks_benefit(tokens), 4),
     }  # fmt: skip

@@ -25,6 +25,7 @@ from golf.token_classes import kinds
 
 LENGTH = 256  # tokens of a document that are looked at
 ROWS = 16  # documents at a time
+CODE_TOPICS = {"code", "program", "programs", "programming", "python", "source code"}  # whose words are identifiers
 
 
 @dataclass
@@ -149,7 +150,7 @@ def measure(looped: Looped, texts: list[Document], rule: Rule, encode: Encode | 
 
 def kinds_of(looped: Looped, tokens: np.ndarray, topic: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Class, fragment and sentence start of each token of a document."""
-    found = kinds([looped.table.text[t] for t in tokens], topic == "code")
+    found = kinds([looped.table.text[t] for t in tokens], topic.lower() in CODE_TOPICS)
     return found.label, found.fragment, found.opens
 
 
@@ -164,10 +165,14 @@ def spots(looped: Looped, text: str, rule: Rule) -> list[Spot]:
         whole = run_exits(looped.model, torch.tensor([row]), rule)  # at the last token too, which predicts nothing here
         at = whole.depths[0].tolist()
         top = F.softmax(looped.model.head(whole.states[0]), dim=-1).amax(dim=-1).tolist()
-        losses = np.stack([nats(looped, s, rows.targets)[0] for s in after_each_pass(looped, rows.inputs)], axis=1)
+        with torch.no_grad():
+            before = looped.model.through(looped.model.enter(torch.from_numpy(rows.inputs), torch.float32), 0)
+        passes = [before, *after_each_pass(looped, rows.inputs)]
+        losses = np.stack([nats(looped, s, rows.targets)[0] for s in passes], axis=1)
+        lost = nats(looped, whole.states[:, :-1], rows.targets)[0]
         for n, token in enumerate(row[1:]):
             shown = looped.table.text[token].decode(errors="replace")
-            found.append(Spot(shown, at[n + 1], at[n], tuple(map(float, losses[n])), top[n]))
+            found.append(Spot(shown, at[n + 1], at[n], tuple(map(float, losses[n])), float(lost[n]), top[n]))
     return found
 
 

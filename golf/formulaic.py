@@ -41,12 +41,13 @@ def licences() -> Iterator[tuple[str, str]]:
 
 
 def tables(generator: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """Tables of sums and of products, and rows of named columns."""
-    for number in range(DOCUMENTS):
-        start, sign = int(generator.integers(2, 40)), "+x"[number % 2]
+    """Tables of sums and of products, and rows of named columns; no two tables of sums begin alike."""
+    begins = generator.permutation(20_000)[:DOCUMENTS]  # of 1,000 numbers and 20 rows to begin with
+    for number, (start, first) in enumerate(zip(begins // 20 + 2, begins % 20 + 1, strict=True)):
         if number % 3:
-            results = [start + n if sign == "+" else start * n for n in range(1, 41)]
-            yield "tables", "\n".join(f"{start} {sign} {n} = {value}" for n, value in enumerate(results, 1))
+            sign = "+x"[number % 2]
+            results = ((n, start + n if sign == "+" else start * n) for n in range(first, first + 40))
+            yield "tables", "\n".join(f"{start} {sign} {n} = {value}" for n, value in results)
         else:
             names = generator.choice(WORDS, 3, replace=False)
             rows = [",".join(map(str, generator.integers(0, 100, 3))) for _ in range(40)]
@@ -54,11 +55,11 @@ def tables(generator: np.random.Generator) -> Iterator[tuple[str, str]]:
 
 
 def lists(generator: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """Numbered lists, and lists of dates."""
-    for number in range(DOCUMENTS):
+    """Numbered lists, and lists of the days of months, each month once."""
+    months = generator.permutation(1200)[:DOCUMENTS]  # of a century
+    for number, month in enumerate(months):
         if number % 2:
             items = generator.choice(WORDS, 30)
             yield "lists", "\n".join(f"{n}. {item}" for n, item in enumerate(items, 1))
         else:
-            year, month = int(generator.integers(1950, 2020)), int(generator.integers(1, 13))
-            yield "lists", "\n".join(f"- {year}-{month:02}-{day:02}" for day in range(1, 29))
+            yield "lists", "\n".join(f"- {1920 + month // 12}-{month % 12 + 1:02}-{day:02}" for day in range(1, 29))

@@ -67,14 +67,15 @@ def batches(looped: Looped, corpus: Corpus, rows: int) -> list[Batch]:
 
 def scoring_flops(shape: Shape, length: int, positions: int, computed: list[int], rule: str) -> int:
     """Multiply-adds x 2 of scoring `positions` in rows of `length`, when the passes compute so many, under a rule that
-    reads."""
+    reads. A pass of some positions attends to whole rows behind a mask, one of all to half of them on average."""
     layer = layer_flops(shape, length)
     head = 2 * shape.width * shape.vocab_size
     looks = computed[: shape.loops - 1]
     read = sum(looks[1:] if rule == "divergence" else looks) * WAYS_TO_READ.get(rule, 0) * head
     gate = 2 * shape.width * sum(looks) if shape.exit_gate != "none" else 0
     ends = (shape.prelude + shape.coda) * positions * layer + positions * head
-    return ends + shape.core * sum(computed) * layer + read + gate
+    masked = sum(n for n in computed if n < positions) * 2 * shape.width * length
+    return ends + shape.core * (sum(computed) * layer + masked) + read + gate
 
 
 @torch.no_grad()

@@ -23,7 +23,9 @@ class Spot:
     spent: int
     """Passes that were spent to predict it; 0 for a document's first token, which BOS predicts, where unknown."""
     losses: tuple[float, ...]
-    """Nats of predicting it after each pass."""
+    """Nats of predicting it before the first pass, and where all stop after each."""
+    loss: float
+    """Nats under the rule, where those that stopped keep their state."""
     confidence: float
     """Probability of the likeliest piece where the position that predicts it stopped."""
 
@@ -65,12 +67,13 @@ SCRIPT = """
 const panel = document.getElementById("panel"), body = document.body;
 function tell(t) {
   if (!t.dataset.l) return;
-  const losses = t.dataset.l.split(" ").map((v, n) => v + (n + 1 == t.dataset.s ? "*" : "")).join(" \\u2192 ");
+  const losses = t.dataset.l.split(" ").join(" \\u2192 ");
   panel.textContent = "";
   const name = document.createElement("b");
   name.textContent = JSON.stringify(t.textContent);
   panel.append(name, ` loops here: ${t.dataset.a}; spent to predict it: ${t.dataset.s}. `,
-    `Nats after each loop: ${losses}. Confidence at the stop: ${t.dataset.c}.`);
+    `Nats before and after each loop, where all stop there: ${losses}; as it stopped: ${t.dataset.n}. `,
+    `Confidence there: ${t.dataset.c}.`);
 }
 for (const kind of ["pointerover", "focusin"]) document.addEventListener(kind, e => {
   if (e.target.matches && e.target.matches(".text span")) tell(e.target); });
@@ -125,7 +128,8 @@ def page(title: str, about: str, loops: int, documents: list[Shown], pictures: l
 def span(spot: Spot, first: bool) -> str:
     """One token; a token of white space alone keeps its white space."""
     losses = " ".join(f"{v:.2f}" for v in spot.losses)
-    told = f' data-l="{losses}" data-s="{spot.spent}" data-a="{spot.loops}" data-c="{spot.confidence:.2f}"'
+    told = f' data-l="{losses}" data-n="{spot.loss:.2f}" data-s="{spot.spent}" data-a="{spot.loops}"'
+    told += f' data-c="{spot.confidence:.2f}"'
     return (
         f'<span class="a{spot.loops} b{spot.spent}" tabindex="{0 if first else -1}"{told}>'
         f"{html.escape(spot.text)}</span>"

@@ -13,6 +13,7 @@ from golf.halting import divergence, exit_logprobs, expected_depth, prior_logpro
 from golf.model import RecurrentGPT
 
 STEERING = 0.02  # nats by which a step moves the penalty when all passes are one too many
+MOST_STEERED = 1.0  # nats for a mean depth of all passes
 
 
 class Objective:
@@ -34,7 +35,8 @@ class Objective:
     def steer(self, depth: float) -> None:
         """After a step of mean depth `depth`, alike on all ranks: towards the depth that is wanted."""
         if self.recipe.target_depth:
-            self.steered += STEERING * (depth - self.recipe.target_depth) / self.shape.loops
+            moved = self.steered + STEERING * (depth - self.recipe.target_depth) / self.shape.loops
+            self.steered = min(max(moved, -MOST_STEERED), MOST_STEERED)  # a depth out of reach drowns no loss
 
     def loss(
         self, model: RecurrentGPT, tokens: Tensor, targets: Tensor, dtype: torch.dtype, loops: int

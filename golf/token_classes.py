@@ -92,7 +92,7 @@ def kinds(pieces: list[bytes], code: bool) -> Kinds:
         elif start in words:
             end_of_word, before = words[start]
             label = word_class(text[start:end_of_word].decode(errors="replace"), before, code)
-        elif core == b"=" and is_assignment(text, start):
+        elif code and core == b"=" and is_assignment(text, start):
             label = "assignment"
         elif all(c in b"()[]{}" for c in core):
             label = "bracket"
@@ -120,5 +120,7 @@ def word_class(word: str, before: str, code: bool) -> str:
 
 
 def is_assignment(text: bytes, at: int) -> bool:
-    """Whether the `=` at `at` assigns: it is no part of a comparison."""
-    return text[at - 1 : at] not in (b"=", b"<", b">", b"!") and text[at + 1 : at + 2] != b"="
+    """Whether the `=` at `at` of a program assigns: it is no part of a comparison and names no argument."""
+    before = text[text.rfind(b"\n", 0, at) + 1 : at]
+    inside = before.count(b"(") > before.count(b")")
+    return not inside and before[-1:] not in (b"=", b"<", b">", b"!") and text[at + 1 : at + 2] != b"="

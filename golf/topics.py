@@ -20,6 +20,9 @@ from golf.token_classes import CLASSES
 DRAWS = 1000
 KNOTS = (0.2, 0.4, 0.6, 0.8)  # quantiles at which splines bend
 LEAST_DOCUMENTS = 20
+# Kinds of programs alone would tell the topic itself: they are adjusted for as what they are like in prose.
+PROSE = {"identifier": "content word", "keyword": "function word", "assignment": "punctuation", "verb": "content word"}
+MERGED = np.array([CLASSES.index(PROSE.get(name, name)) for name in CLASSES] + [-1], dtype=np.int8)  # -1 is itself
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,10 @@ class Interval:
     high: float
     draws: np.ndarray
 
-    def row(self) -> dict:
+    def row(self, digits: int = 4) -> dict:
         """For JSON; an interval of too few documents is none."""
-        low, high = (None if np.isnan(v) else round(v, 4) for v in (self.low, self.high))
-        return {"mean": round(self.mean, 4), "low": low, "high": high}
+        low, high = (None if np.isnan(v) else round(v, digits) for v in (self.low, self.high))
+        return {"mean": round(self.mean, digits), "low": low, "high": high}
 
 
 def interval(mean: float, draws: np.ndarray) -> Interval:
@@ -54,8 +57,13 @@ def check_topics(documents: list[Document]) -> None:
 class Resampling:
     """Weights of documents and runs in each bootstrap draw, the same for all that is estimated from them."""
 
-    def __init__(self, tokens: Tokens, runs: int, draws: int = DRAWS, seed: int = 1):
+    def __init__(
+        self, tokens: Tokens, runs: int, draws: int = DRAWS, seed: int = 1, models: list[int] | None = None
+    ):  # fmt: skip
+        """`models` numbers the model that each run is of, where several gates were trained for one: models are drawn,
+        and gates within them. A few models differ more than draws of them do, by the usual m / (m - 1)."""
         generator = np.random.default_rng(seed)
+        self.models = np.arange(runs) if models is None else np.asarray(models)
         self.count = int(tokens.document.max()) + 1
         self.topic_of = np.zeros(self.count, dtype=np.int64)
         self.topic_of[tokens.document] = tokens.topic
@@ -63,7 +71,14 @@ class Resampling:
         for topic in range(len(tokens.topics)):
             mine = np.unique(tokens.document[tokens.topic == topic])
             self.documents[:, mine] = generator.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), draws)
-        self.runs = generator.multinomial(runs, np.full(runs, 1 / runs), draws) / runs
+        count = int(self.models.max()) + 1
+        size = np.bincount(self.models, minlength=count)
+        self.base = 1 / (count * size[self.models])  # what each run weighs
+        drawn = generator.multinomial(count, np.full(count, 1 / count), draws)[:, self.models] / count
+        for model in range(count):
+            mine = np.flatnonzero(self.models == model)
+            drawn[:, mine] *= generator.multinomial(mine.size, np.full(mine.size, 1 / mine.size), draws) / mine.size
+        self.runs = self.base + (drawn - self.base) * (count / max(1, count - 1)) ** 0.5
 
     def sums(self, runs: list[Tokens], values: list[np.ndarray], keep: list[np.ndarray]) -> np.ndarray:
         """(runs, documents): sums of values over the tokens that are kept."""
@@ -74,8 +89,8 @@ class Resampling:
         return np.stack(parts)
 
     def ratio(self, over: np.ndarray, under: np.ndarray) -> Interval:
-        """The mean over runs of the ratio of two sums (runs, documents), with its interval."""
-        whole = float((over.sum(axis=1) / np.maximum(under.sum(axis=1), 1e-12)).mean())
+        """The mean over models of the ratio of two sums (runs, documents), with its interval."""
+        whole = float((over.sum(axis=1) / np.maximum(under.sum(axis=1), 1e-12)) @ self.base)
         count = self.documents @ under.T
         drawn = (self.documents @ over.T) / np.where(count > 0, count, np.nan)
         return interval(whole, (drawn * self.runs).sum(axis=1))
@@ -114,9 +129,27 @@ def by_source(runs: list[Tokens], resampling: Resampling) -> list[dict]:
     return rows
 
 
+def by_pairs_of_sources(runs: list[Tokens], resampling: Resampling) -> list[dict]:
+    """Each contrast of topics once more between every source of the one and every source of the other that has
+    LEAST_DOCUMENTS documents or more, and whether all of them agree, in sign and beyond their intervals. One that was
+    seen in one source a side alone is repeated nowhere."""
+    rows, found = [r for r in by_source(runs, resampling) if r["documents"] >= LEAST_DOCUMENTS], []
+    for a, b in itertools.combinations(runs[0].topics, 2):
+        each = []
+        for one, other in itertools.product(*([r for r in rows if r["topic"] == t] for t in (a, b))):
+            difference = interval(one["loops"].mean - other["loops"].mean, one["loops"].draws - other["loops"].draws)
+            each.append({"sources": [one["source"], other["source"]], **difference.row()})
+        signs = {0 if e["low"] is None or e["low"] <= 0 <= e["high"] else np.sign(e["mean"]) for e in each}
+        told = "one source" if len(each) < 2 else "agree" if len(signs) == 1 and signs != {0} else "differ"
+        found.append({"topics": f"{a} - {b}", "sources": told, "pairs": each})
+    return found
+
+
 def by_class(runs: list[Tokens], resampling: Resampling) -> list[dict]:
-    """Mean loops by kind of token: at the token, and spent to predict it; sentence starts are a row of their own."""
+    """Mean loops by kind of token: at the token, and spent to predict it, and how much more that is than the mean token
+    of the same mix of topics takes; sentence starts are a row of their own."""
     rows = []
+    usual = [row["loops"] for row in by_topic(runs, resampling)]
     picks = [(name, number) for number, name in enumerate(CLASSES)]
     for name, number in [*picks, ("sentence start", -1)]:
         row: dict = {"class": name}
@@ -131,6 +164,10 @@ def by_class(runs: list[Tokens], resampling: Resampling) -> list[dict]:
             depth = resampling.sums(runs, [t.depth for t in runs], keep)
             tokens = resampling.sums(runs, [np.ones(t.depth.size) for t in runs], keep)
             row[column], row["tokens"] = resampling.ratio(depth, tokens), int(tokens[0].sum())
+            mix = np.bincount(runs[0].topic[keep[0]], minlength=len(usual)) / keep[0].sum()
+            mean = sum(m * u.mean for m, u in zip(mix, usual, strict=True) if m)
+            draws = sum(m * u.draws for m, u in zip(mix, usual, strict=True) if m)
+            row[f"{column}_more"] = interval(row[column].mean - mean, row[column].draws - draws)
         if len(row) > 1:
             rows.append(row)
     return rows
@@ -156,7 +193,8 @@ def covariates(tokens: Tokens) -> np.ndarray:
     """What is adjusted for: loss and entropy after the first pass (never the final loss, which depth itself moves), the
     token's frequency, position, place in its word, and class."""
     frequency = np.log(np.bincount(tokens.here, minlength=int(tokens.here.max()) + 1)[tokens.here])
-    kinds = [tokens.kind_here == k for k in np.unique(tokens.kind_here)[1:]]
+    kind = MERGED[tokens.kind_here]
+    kinds = [kind == k for k in np.unique(kind)[1:]]
     columns = [hinges(tokens.losses[:, 0]), hinges(tokens.entropy), frequency, hinges(np.log1p(tokens.position)),
                np.minimum(tokens.fragment, 1), np.minimum(tokens.fragment, 3), *kinds]  # fmt: skip
     return np.column_stack(columns).astype(np.float64)
@@ -191,7 +229,7 @@ def adjusted(runs: list[Tokens], resampling: Resampling) -> list[Interval]:
         ridge = 1e-8 * np.trace(a) / len(a)
         return np.linalg.solve(a + ridge * np.eye(len(a)), b)[:topics]
 
-    whole = solve(np.ones(square.shape[:2]))
+    whole = solve(np.broadcast_to(resampling.base[:, None], square.shape[:2]))
     draws = np.stack([
         solve(run[:, None] * documents[None])
         for run, documents in zip(resampling.runs, resampling.documents, strict=True)
@@ -231,26 +269,26 @@ def id_means(tokens: Tokens, train: np.ndarray, shrink: float = 5.0) -> np.ndarr
 
 
 def shares(tokens: Tokens) -> dict[str, float]:
-    """Share of depth's variance that is explained on documents not fitted on: by token identity alone, and with loss
-    after the first pass, position, and topic added in turn."""
+    """Share of depth's variance that is explained on documents not fitted on (each fourth in turn): by token identity
+    alone, and with loss after the first pass, position, and topic added in turn. A token's own effect is fitted
+    together with the others, so that topic is not credited with what its tokens bring."""
     fold = tokens.document % 4
     parts = {
-        "token": None, "loss": hinges(tokens.losses[:, 0]), "position": hinges(np.log1p(tokens.position)),
+        "token": np.ones((tokens.depth.size, 1)), "loss": hinges(tokens.losses[:, 0]),
+        "position": hinges(np.log1p(tokens.position)),
         "topic": (tokens.topic[:, None] == np.arange(1, len(tokens.topics))).astype(np.float64),
     }  # fmt: skip
     found: dict[str, list[float]] = {name: [] for name in parts}
     y = tokens.depth.astype(np.float64)
     for turn in range(4):
-        table, fit, test = (fold - turn) % 4 < 2, (fold - turn) % 4 == 2, (fold - turn) % 4 == 3
-        if not (table.any() and fit.any() and test.any()):
+        test = fold == turn
+        if not test.any() or test.all():
             raise UsageError("--docs: give documents for at least four folds.")
-        columns = np.column_stack([np.ones(y.size), id_means(tokens, table)])
         variance = ((y[test] - y[test].mean()) ** 2).sum()
+        columns = np.empty((y.size, 0))
         for name, more in parts.items():
-            if more is not None:
-                columns = np.column_stack([columns, more])
-            beta = np.linalg.lstsq(columns[fit], y[fit], rcond=None)[0]
-            left = ((y[test] - columns[test] @ beta) ** 2).sum()
+            columns = np.column_stack([columns, more])
+            left = ((y[test] - with_token_effects(tokens.here, columns, y, ~test)[test]) ** 2).sum()
             found[name].append(1 - left / max(variance, 1e-12))
     explained = {name: float(np.mean(values)) for name, values in found.items()}
     return {
@@ -259,14 +297,34 @@ def shares(tokens: Tokens) -> dict[str, float]:
     }  # fmt: skip
 
 
-def agreement(runs: list[Tokens]) -> dict[str, float]:
-    """Mean Spearman correlation of depth, token by token, between each two runs; and of documents' mean depths."""
+def with_token_effects(
+    here: np.ndarray, columns: np.ndarray, y: np.ndarray, fit: np.ndarray, shrink: float = 5.0
+) -> np.ndarray:  # fmt: skip
+    """Predictions (N,) of least squares on columns (N, P) and an effect of each token, drawn towards 0 as if by
+    `shrink` more occurrences, fitted together on `fit` (N,) bool. The effects are eliminated first."""
+    size = int(here.max()) + 1
+    weight = 1 / (np.bincount(here[fit], minlength=size) + shrink)
+
+    def effects(values: np.ndarray) -> np.ndarray:
+        return weight * np.bincount(here[fit], values, size)
+
+    cleared = np.column_stack([c - effects(c)[here[fit]] for c in columns[fit].T])
+    square, product = columns[fit].T @ cleared, cleared.T @ y[fit]
+    beta = np.linalg.lstsq(square, product, rcond=1e-10)[0]
+    return columns @ beta + effects(y[fit] - columns[fit] @ beta)[here]
+
+
+def agreement(runs: list[Tokens], models: list[int] | None = None) -> dict[str, float]:
+    """Mean Spearman correlation of depth, token by token, between each two runs of different models; and of documents'
+    mean depths."""
     from scipy.stats import spearmanr
 
-    if len(runs) < 2:
-        raise UsageError("Agreement between runs needs two runs or more, name another folder.")
+    models = list(range(len(runs))) if models is None else models
+    pairs = [(runs[a], runs[b]) for a, b in itertools.combinations(range(len(runs)), 2) if models[a] != models[b]]
+    if not pairs:
+        raise UsageError("Agreement between runs needs two runs or more of different models, name another folder.")
     tokens, documents = [], []
-    for a, b in itertools.combinations(runs, 2):
+    for a, b in pairs:
         if a.here.shape != b.here.shape or (a.here != b.here).any():
             raise UsageError("The runs cut the documents into different tokens; give runs of one tokenizer.")
         tokens.append(correlation(spearmanr, a.depth, b.depth))
@@ -285,17 +343,18 @@ def correlation(measure, a: np.ndarray, b: np.ndarray) -> float:
 LOOKUP_SHARE, TOPIC_SHARE, LEAST_AGREEMENT = 0.9, 0.01, 0.5
 
 
-def verdict(gates: dict | None, topic_adds: float, agreement: float | None) -> tuple[str, list[str]]:
+def verdict(gates: list[dict] | None, topic_adds: float, agreement: float | None) -> tuple[str, list[str]]:
     """positive, negative, or undecided where a part was not measured; and a sentence for each of the three. `gates` is
-    what controls.gates() found."""
+    what controls.gates() found of each model."""
     said, failed = [], False
     if gates is None:
         said.append("The token lookup was not measured (--controls).")
-    elif gates["gain_over_random"] <= 0:
+    elif min(g["gain_over_random"]["low"] for g in gates) <= 0:
         failed = True
-        said.append("The rule gains nothing over random depths of the same histogram: fails.")
+        said.append("The rule's gain over random depths of the same histogram is not above 0 beyond what documents "
+                    "vary by: fails.")  # fmt: skip
     else:
-        share = gates["lookup_share"]
+        share = float(np.mean([g["lookup_share"]["mean"] for g in gates]))
         bad = share >= LOOKUP_SHARE
         failed |= bad
         said.append(f"A table of token identities reaches {share:.0%} of the rule's gain over random depths "

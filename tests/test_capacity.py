@@ -65,7 +65,7 @@ def test_the_interval_is_students(plan):
     rows = rows_of(plan, lambda name, seed, shape: law(name, seed, shape, slopes[seed]))
     (worth, _) = capacity.measure(read_plan(plan), rows)
     wanted = stats.t.interval(0.95, 1, loc=0.4, scale=0.1)
-    assert worth.phi == pytest.approx(0.4) and worth.interval == pytest.approx(wanted)
+    assert worth.phi == pytest.approx(0.4) and worth.interval == pytest.approx(wanted) and worth.depth == 2
 
 
 def test_outside_of_what_was_run_there_is_no_size(plan):

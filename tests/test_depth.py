@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import depth_map
-from golf import controls, depth, gate, map_page, topics
+from golf import controls, depth, formulaic, gate, map_page, topics
 from golf.console import run_script
 from golf.errors import UsageError
 from golf.exits import Entropy, FixedDepth
@@ -142,7 +142,10 @@ def test_the_study_calls_itself_negative_where_tokens_explain_everything():
     tokens = made(4)
     found = topics.shares(tokens)
     assert found["token"] > 0.8 and abs(found["topic_adds"]) < 0.01
-    half, most, none = ({"gain_over_random": g, "lookup_share": s} for g, s in ((0.1, 0.5), (0.1, 0.95), (-0.1, None)))
+    half, most, none = (
+        [{"gain_over_random": {"mean": g, "low": g - 0.05}, "lookup_share": {"mean": s}}]
+        for g, s in ((0.1, 0.5), (0.1, 0.95), (0.04, 0.5))
+    )
     assert topics.verdict(half, found["topic_adds"], 0.9)[0] == "negative"
     topical = topics.shares(made(5, topic_effect=0.5))
     assert topical["topic_adds"] > 0.05
@@ -161,6 +164,83 @@ def test_runs_agree_with_themselves_and_not_with_chance():
         topics.agreement([tokens])
     with pytest.raises(UsageError, match="different tokens"):
         topics.agreement([tokens, replace(tokens, here=tokens.here + 1)])
+
+
+def test_gates_of_one_model_are_no_models():
+    """Three models that differ, five gates each: the interval is that of three, and they agree across models only."""
+    models = [made(8, topic_effect=0.1 * n) for n in range(3)]
+    gates, of = [m for m in models for _ in range(5)], [n for n in range(3) for _ in range(5)]
+    three = topics.by_topic(models, topics.Resampling(models[0], 3, 4000))
+    grouped = topics.by_topic(gates, topics.Resampling(gates[0], 15, 4000, models=of))
+    alone = topics.by_topic(gates, topics.Resampling(gates[0], 15, 4000))
+    width = [rows[2]["loops"].high - rows[2]["loops"].low for rows in (three, grouped, alone)]
+    assert grouped[2]["loops"].mean == pytest.approx(three[2]["loops"].mean)
+    assert width[1] == pytest.approx(width[0], rel=0.1) and width[2] < 0.8 * width[0]
+    runs = topics.Resampling(models[0], 3, 40_000).runs
+    values = np.array([1.0, 2.0, 4.0])  # the draws' variance is that of a mean of three, as it is estimated
+    assert (runs @ values).var() == pytest.approx(values.var(ddof=1) / 3, rel=0.05)
+    other = replace(models[0], depth=np.random.default_rng(0).permutation(models[0].depth))
+    assert abs(topics.agreement([models[0], models[0], other], [0, 0, 1])["tokens"]) < 0.05
+
+
+def test_a_topic_is_not_credited_with_what_its_tokens_bring():
+    """Tokens that stand in one topic more than in others, each with a depth of its own that is seen a few times."""
+    generator = np.random.default_rng(0)
+    plain = made(9, token_effect=0.0)
+    here = generator.integers(0, 150, plain.here.size) + 150 * (generator.random(plain.here.size) < plain.topic / 3)
+    own = generator.normal(size=300) + 0.8 * (np.arange(300) >= 150)
+    tokens = replace(plain, here=here, depth=4 + own[here])
+    found = topics.shares(tokens)
+    assert found["token"] > 0.2 and found["topic_adds"] < 0.01
+    columns = np.column_stack([np.ones(here.size), plain.topic])
+    fit = plain.document % 2 == 0
+    given = np.zeros((fit.sum(), 300))
+    given[np.arange(fit.sum()), here[fit]] = 1
+    x = np.column_stack([columns[fit], given])
+    penalty = np.diag([0, 0, *np.full(300, 5.0)])
+    both = np.linalg.lstsq(x.T @ x + penalty, x.T @ tokens.depth[fit], rcond=None)[0]
+    wanted = columns @ both[:2] + both[2:][here]
+    np.testing.assert_allclose(topics.with_token_effects(here, columns, tokens.depth, fit), wanted, atol=1e-6)
+
+
+def test_a_contrast_is_repeated_between_all_sources():
+    tokens = made(10, topic_effect=0.4)
+    tokens = replace(tokens, source=(tokens.document % 2).astype(np.int8), sources=("x", "y"))
+    many = [replace(tokens, document=tokens.document)]
+    resampling = topics.Resampling(tokens, 1, 400)
+    assert {r["sources"] for r in topics.by_pairs_of_sources(many, resampling)} == {"one source"}  # ten documents each
+    wide = Tokens(*(np.concatenate([v, v + 60 * (n == 0), v + 120 * (n == 0)]) for n, v in enumerate(
+        getattr(tokens, f) for f in tokens.__dataclass_fields__ if f not in ("topics", "sources"))),
+        topics=tokens.topics, sources=tokens.sources)  # fmt: skip
+    rows = topics.by_pairs_of_sources([wide], topics.Resampling(wide, 1, 400))
+    assert all(r["sources"] == "agree" and len(r["pairs"]) == 4 for r in rows)
+    one_sided = replace(wide, depth=np.where(wide.source == 0, wide.depth, 4 + 0.3 * (wide.here % 3)))
+    rows = topics.by_pairs_of_sources([one_sided], topics.Resampling(wide, 1, 400))
+    assert "differ" in {r["sources"] for r in rows}
+
+
+def test_near_copies_and_tables_of_figures_are_told_apart():
+    licence = "Permission is hereby granted, free of charge, to any person\n"
+    one, two = (depth_map.gist(f"Copyright (c) {year} Somebody {year}\n{licence}") for year in (2001, 2020))
+    assert one == two and depth_map.gist("3 x 4 = 12\n3 x 5 = 15") != depth_map.gist("4 x 4 = 16\n4 x 5 = 20")
+    made_up = formulaic.formulaic()
+    assert len({t.text for t in made_up}) == len(made_up)
+
+
+def test_answers_are_what_is_to_be_worked_out(looped_run):
+    looped = depth.load(looped_run)
+    texts = controls.known_difficulty(documents=3)
+    tokens = depth.measure(looped, texts, FixedDepth(2))
+    asked = controls.answers(texts, tokens)
+    for number, text in enumerate(texts):
+        mine = asked & (tokens.document == number)
+        told = looped.table.decode(tokens.target[mine]).decode()
+        if text.topic == "modular arithmetic":
+            assert re.sub(r"\D", "", told) and mine.sum() < 0.4 * (tokens.document == number).sum()
+        elif text.topic.endswith("hop"):
+            assert "before" not in told and "follows" not in told
+    found = controls.positive_control(looped, FixedDepth(2))
+    assert set(found["depth"]) >= {"copy", "modular arithmetic"} and found["depth_with_hops"] == 0
 
 
 def test_controls_keep_what_they_match():
@@ -183,7 +263,14 @@ def test_controls_keep_what_they_match():
 def test_all_controls_run(measured, texts):
     looped, tokens = measured
     found = controls.all_of_them(looped, texts, tokens, "difference", looped.rule("difference", 0.3))
-    assert len(found) == 9 and found["1-4 gates"]["bits_a_byte"]["rule"] > 0
+    assert len(found) == 8 and found["5 shuffled"]["nothing"].keys() == found["5 shuffled"]["words"].keys()
+    gates = controls.gates(looped, texts, tokens)
+    assert gates["bits_a_byte"]["rule"] > 0 and gates["deviation_of_chance"] >= 0
+    assert gates["gain_over_random"]["low"] <= gates["gain_over_random"]["mean"] <= gates["gain_over_random"]["high"]
+    whole = controls.shuffled(looped, texts[:3], "nothing")
+    assert all(t.text.startswith(w.text) or w.text == t.text for t, w in zip(texts, whole, strict=False))
+    words = controls.shuffled(looped, texts[:3], "words")
+    assert [sorted(w.text.split()) for w in words] == [sorted(w.text.split()) for w in whole]
     json.dumps(found)
 
 
@@ -197,6 +284,9 @@ def test_kinds_of_prose_and_of_programs():
         "function word", "verb", "function word", "content word", "continuation", "verb", "function word", "verb",
         "punctuation", "function word", "digit", "space"]  # fmt: skip
     assert found.opens.tolist() == [True, *[False] * 8, True, False, False] and found.fragment[4] == 1
+    pieces = [b"f", b"(", b"a", b"=", b"1", b")", b"\n", b"a", b"=", b"1"]
+    assert [CLASSES[k] for k in kinds(pieces, code=True).label].count("assignment") == 1  # the other names an argument
+    assert "assignment" not in [CLASSES[k] for k in kinds([b"3", b" +", b" 4", b" =", b" 7"], code=False).label]
     pieces = [b"def", b" f", b"oo", b"(", b"x", b")", b":", b" y", b" =", b" x", b" =", b"=", b"3"]
     assert [CLASSES[k] for k in kinds(pieces, code=True).label] == [
         "keyword", "identifier", "continuation", "bracket", "identifier", "bracket", "punctuation", "identifier",
