@@ -80,12 +80,14 @@ def check_threshold(
     require(0 <= threshold <= most and whole, names[1], f"{threshold:g}", way_out)
 
 
-def check_pace(shape: Shape, recipe: Recipe, run: Run) -> None:
-    """Raise UsageError for a pace that leaves out a kind of step, or a run that it would prove nothing of."""
+def check_pace(shape: Shape, recipe: Recipe, run: Run, limited: bool) -> None:
+    """Raise UsageError for a pace that leaves out a kind of step, or a run on a limited track that it would prove
+    nothing of."""
     pace = run.pace
     if not pace:
         return
-    require(not run.judge, "run.pace", pace, "give --run.no-judge, seconds that are said prove no limit")
+    proves = not (run.judge and limited)
+    require(proves, "run.pace", pace, "give --run.no-judge or --track unlimited, seconds that are said prove no limit")
     require(not run.max_steps, "run.max_steps", run.max_steps, "give no pace, or no number of steps")
     try:
         told = said_pace(pace)

@@ -31,6 +31,7 @@ MOST_AT_ONCE = 1 << 16  # places in a file that are compared at a time
 MOST_TEXT = 64_000_000  # bytes of validation text that are looked for
 STORED = 32  # windows, about a kilobyte, that a submission may share with the validation text by chance
 OVERLAP_TOKENS, OVERLAP_SHARE = 32, 0.01  # a document is double when all its windows of so many tokens are
+MOST_RUNS = 100_000  # of certainty, whose text is looked up
 MOST_TRAIN = 50_000_000  # tokens of training text that are compared
 SURE, LONG_RUN, NGRAM = 0.05, 24, 8  # nats, targets, tokens: runs of certainty over text that was never seen
 UNSEEN = 256  # targets in such runs that an honest model may have
@@ -73,6 +74,15 @@ def hashes(tokens: np.ndarray, length: int) -> np.ndarray:
     return found
 
 
+def hashes_at(tokens: np.ndarray, places: np.ndarray, length: int) -> np.ndarray:
+    """The same for the windows that begin at `places` only, uint64 of their shape."""
+    found = np.zeros(places.shape, dtype=np.uint64)
+    for k in range(length):
+        found *= ODD
+        found += tokens[places + k].astype(np.uint64) + np.uint64(1)
+    return found
+
+
 def train_hashes(corpus: Corpus, length: int) -> Iterator[np.ndarray]:
     """Hashes of the training shards' windows, up to MOST_TRAIN tokens."""
     left = MOST_TRAIN
@@ -96,7 +106,7 @@ def disjoint(corpus: Corpus, sheet: Sheet) -> None:
         long_enough = ends - starts > OVERLAP_TOKENS
         starts, ends = starts[long_enough], ends[long_enough]
         places = np.stack([starts + 1, (starts + 1 + ends - OVERLAP_TOKENS) // 2, ends - OVERLAP_TOKENS])  # (3, D)
-        wanted = hashes(tokens, OVERLAP_TOKENS)[places]
+        wanted = hashes_at(tokens, places, OVERLAP_TOKENS)
         ordered, back = np.unique(wanted, return_inverse=True)
         found = np.zeros(ordered.size, dtype=bool)
         looked = 0
@@ -259,20 +269,25 @@ def certain_runs(scores: np.ndarray, tokens: np.ndarray, corpus: Corpus | None, 
         sheet.see(13, True, "")
         sheet.note(13, f"no run of {LONG_RUN} targets under {SURE} nats")
         return
-    windows = hashes(tokens, NGRAM)
-    _, first = np.unique(windows, return_index=True)
-    new = np.zeros(windows.size, dtype=bool)
-    new[first] = True
-    inside = np.concatenate([np.arange(a + 1, max(a + 2, b + 2 - NGRAM)) for a, b in runs.tolist()])
-    inside = inside[(inside < windows.size) & new[inside.clip(max=windows.size - 1)]]
-    wanted = np.unique(windows[inside])
+    inside = np.concatenate([np.arange(a + 1, max(a + 2, b + 2 - NGRAM)) for a, b in runs[:MOST_RUNS].tolist()])
+    inside = inside[inside <= tokens.size - NGRAM]
+    windows = hashes_at(tokens, inside, NGRAM)
+    known, place = np.unique(windows, return_inverse=True)
+    first = np.full(known.size, tokens.size)  # where each stands for the first time
+    for start in range(0, tokens.size, 1 << 22):
+        part = hashes(tokens[start : start + (1 << 22) + NGRAM - 1], NGRAM)
+        at = np.searchsorted(known, part).clip(max=known.size - 1)
+        here = np.flatnonzero(known[at] == part)
+        np.minimum.at(first, at[here], start + here)
+    windows = windows[first[place] == inside]
+    wanted = np.unique(windows)
     if corpus is not None and wanted.size and np.array_equal(tokens[:64], np.concatenate(corpus.shards("val"))[:64]):
         for part in train_hashes(corpus, NGRAM):
             at = np.searchsorted(wanted, part).clip(max=wanted.size - 1)
             wanted = np.delete(wanted, np.unique(at[wanted[at] == part]))
             if not wanted.size:
                 break
-    unseen = int(np.isin(windows[inside], wanted).sum())
+    unseen = int(np.isin(windows, wanted).sum())
     fault = f"{unseen:,} targets in runs of up to {longest:,} cost nothing, and their text never came before"
     sheet.see(13, unseen < UNSEEN, fault)
     sheet.note(13, f"{len(runs)} runs of near-zero loss, the longest {longest:,}; {unseen} of their targets unseen")

@@ -417,14 +417,16 @@ def tell_progress(total: int, limits: Limits) -> Callable[[int], None]:
     """Scored tokens and time left: one line that stays in place on a terminal, a line now and then elsewhere."""
     terminal = sys.stderr.isatty()
     start = "\r" if terminal else ""
-    began = told = time.monotonic()
+    told = time.monotonic()
+    first: tuple[float, int] | None = None  # when, and how many were done then: a scoring that goes on had some
 
     def tell(done: int) -> None:
-        nonlocal told
-        if not terminal and time.monotonic() - told < TELL_EVERY:
+        nonlocal told, first
+        first = first or (time.monotonic(), done)
+        if done <= first[1] or (not terminal and done < total and time.monotonic() - told < TELL_EVERY):
             return
         told = time.monotonic()
-        left = (told - began) / done * (total - done)
+        left = (told - first[0]) / (done - first[1]) * (total - done)
         end = "\n" if done >= total or not terminal else ""
         print(f"{start}scored {done:,} of {total:,} tokens, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
 

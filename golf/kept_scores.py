@@ -17,6 +17,7 @@ from golf.contender import Limits
 from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.judging import Referee
+from golf.log_file import lock
 from golf.rows import Row
 
 SCHEMA = 1
@@ -27,11 +28,14 @@ class KeptScores:
 
     def __init__(self, path: Path, identity: dict, every: int = 1 << 20):
         """`identity` says of which submission and text the scores are; `every` so many targets they are kept. Raises
-        UsageError for files of another."""
+        UsageError for files of another, or that another judge writes."""
         self.every = every
         self.path, self.scores, self.identity = path, path.with_name(path.name + ".f32"), identity
         self.state: dict = {}
         self.stretches = 0  # that stand
+        self.taken = open(self.scores, "a", encoding="utf-8")
+        if not lock(self.taken):
+            raise UsageError(f"--keep {path}: another judge is at it, name another file or wait.")
         if not path.exists():
             return
         try:

@@ -332,6 +332,9 @@ def judged(folder: Path, record: Record, data: Path) -> Record:
         if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     }
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=alone, check=False)
+    if done.returncode in (130, -2):  # Ctrl-C went to it too
+        print(f"`python record.py judge {folder}` asks the referee again.", file=sys.stderr)
+        raise KeyboardInterrupt
     try:
         verdict = json.loads(done.stdout)
         if "invalid" in verdict:
