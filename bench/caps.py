@@ -1,25 +1,38 @@
-"""Whether the training cap holds, and how much of it is used, under artificial load.
+"""Whether the caps on training and evaluation hold, and how much of the first is used, under hostile load.
 
-    python bench/caps.py [--runs 20] [--cap 10] [--data data/builtin] [--json]
+    python bench/caps.py [--simulated 200] [--runs 20] [--cap 60] [--judged 20] [--data data/builtin] [--json]
 
-Real runs of a small model under `--run.cap`, one after the other, while other processes take the processors for random
-stretches and rest for others. Prints each run's seconds; exit 1 where one is over the cap, or where the median run uses
-less than 97 % of it.
+Simulated: the clock alone against step times with outliers, stalls, drifts, periods. Real: runs of a small model under
+`--run.cap`, one after the other, while other processes take the processors for random stretches; their seconds are the
+record's, and those that this process sees pass between the log's lines. Judged: scorers of the same model that get
+slower with every call, against a cap of JUDGED_SECONDS. Exit 1 where anything that stands was later than its cap, or
+where the median run uses less than 97 % of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from golf.clock import Clock
+
 LEAST_MEDIAN = 0.97
+JUDGED_SECONDS, GRACE = 4.0, 2.0  # a scorer's cap, and what stopping it may take
+SEEN = 0.25  # seconds by which what this process sees may be off
 LOAD = (
     "import random, sys, time\nrandom.seed(int(sys.argv[1]))\n"
     "while True:\n"
@@ -31,41 +44,156 @@ SMALL = (
     "--shape.width", "32", "--shape.heads", "2", "--shape.kv-heads", "1", "--recipe.sequence-length", "64",
     "--recipe.batch-tokens", "512", "--run.compile", "none", "--run.no-judge", "--pack.calibration-batches", "4",
 )  # fmt: skip
+SLOWER = (
+    "import time\nimport numpy as np\n"
+    "class Slower:\n    vocab, calls = {vocab}, 0\n"
+    "    def logprobs(self, tokens):\n"
+    "        self.calls += 1\n        time.sleep(0.05 * 1.3 ** self.calls)\n"
+    "        return np.full((*tokens.shape, self.vocab), -np.log(self.vocab), dtype=np.float32)\n"
+    "def load_scorer(folder):\n    return Slower()\n"
+)
+
+
+def hostile(seed: int) -> Iterator[float]:
+    """Step times without end: one kind of trouble each."""
+    rng = random.Random(seed)
+    base, step, drift = rng.uniform(0.02, 1.0), 0, 1.0
+    while True:
+        step += 1
+        kind = seed % 5
+        if kind == 0:  # heavy tails
+            yield base * min(20.0, rng.paretovariate(1.5))
+        elif kind == 1:  # a stall now and then
+            yield base * (30 if rng.random() < 0.005 else 1)
+        elif kind == 2:  # slower and slower
+            drift = min(4.0, drift * 1.002)
+            yield base * drift
+        elif kind == 3:  # a period that a short memory forgets
+            yield base * (6 if step % 40 == 0 else 1)
+        else:  # the pace changes for minutes
+            drift = rng.choice((0.5, 1.0, 3.0)) if rng.random() < 0.01 else drift
+            yield base * drift * rng.lognormvariate(0, 0.3)
+
+
+def simulate(seed: int, cap: float = 600.0) -> tuple[float, str]:
+    """Seconds at which the last update that stands ended, and how the run did."""
+    now, how = [0.0], "before a step"
+    clock, last = Clock(cap, now=lambda: now[0]), 0.0
+    for seconds in hostile(seed):
+        if clock.begin_step() is None:
+            break
+        now[0] += 0.9 * seconds
+        if not clock.may_update():
+            how = "abandoned"
+            break
+        now[0] += 0.1 * seconds
+        clock.end_step()
+        if clock.late:
+            how = "taken back"
+            break
+        last = clock.elapsed()
+    return last, how
+
+
+@contextlib.contextmanager
+def loaded(number: int) -> Iterator[None]:
+    """Other processes at work, one a core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    loads = [subprocess.Popen([sys.executable, "-c", LOAD, str(100 * number + n)]) for n in range(cores)]
+    try:
+        yield
+    finally:
+        for load in loads:
+            load.kill()
+            load.wait()
+
+
+def train(number: int, cap: float, data: str, place: Path) -> dict:
+    """A run under load: its own seconds, what was seen of them, and how it ended."""
+    command = [sys.executable, str(ROOT / "train_gpt.py"), "smoke", *SMALL, "--run.data", data, "--run.cap", str(cap),
+               "--run.runs", str(place)]  # fmt: skip
+    with loaded(number):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        seen: dict[str, float] = {}
+        while process.poll() is None:
+            for log in place.glob("*/log.jsonl"):
+                text = log.read_bytes()
+                for event in (b"warm-up", b"calibrated"):
+                    if b'"event": "' + event + b'"' in text:
+                        seen.setdefault(event.decode(), time.monotonic())
+            time.sleep(0.01)
+        if process.returncode:
+            raise SystemExit(process.stderr.read())
+    (folder,) = place.iterdir()
+    record, text = json.loads((folder / "submission.json").read_text()), (folder / "log.jsonl").read_text()
+    how = "abandoned" if '"abandoned"' in text else "taken back" if '"late"' in text else "before a step"
+    return {"seconds": record["train_seconds"], "seen": round(seen["calibrated"] - seen["warm-up"], 3), "how": how,
+            "steps": record["steps"], "folder": folder}  # fmt: skip
+
+
+def judge(number: int, folder: Path, data: str) -> tuple[float, str]:
+    """Seconds after which a scorer that gets slower and slower was stopped, and what the verdict says."""
+    import eval_bpb
+    from golf.contender import Limits
+
+    with tempfile.TemporaryDirectory(prefix="golf-caps-") as place:
+        slow = Path(place) / "slow"
+        shutil.copytree(folder, slow)
+        vocab = json.loads((folder / "submission.json").read_text())["config"]["shape"]["vocab_size"]
+        for code in slow.glob("*.py"):
+            code.unlink()
+        (slow / "scorer.py").write_text(SLOWER.format(vocab=vocab))
+        with loaded(number):
+            limits = Limits(JUDGED_SECONDS)
+            verdict = eval_bpb.judge(slow, Path(data), limits=limits)
+    return limits.scoring + limits.probing, str(verdict.get("invalid"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--simulated", type=int, default=200)
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--cap", type=float, default=10.0)
+    parser.add_argument("--judged", type=int, default=20)
+    parser.add_argument("--cap", type=float, default=60.0)
     parser.add_argument("--data", default="data/builtin")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
-    seconds = []
-    for number in range(asked.runs):
-        seeds = range(100 * number, 100 * number + (os.cpu_count() or 1))
-        loads = [subprocess.Popen([sys.executable, "-c", LOAD, str(seed)]) for seed in seeds]
-        try:
-            with tempfile.TemporaryDirectory(prefix="golf-caps-") as place:
-                command = [sys.executable, str(ROOT / "train_gpt.py"), "smoke", *SMALL, "--run.data", asked.data,
-                           "--run.cap", str(asked.cap), "--run.runs", place]  # fmt: skip
-                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    print(done.stderr, file=sys.stderr)
-                    return done.returncode
-                record = json.loads(next(Path(place).glob("*/submission.json")).read_text())
-        finally:
-            for load in loads:
-                load.kill()
-                load.wait()
-        seconds.append(record["train_seconds"])
-        if not asked.json:
-            print(f"run {number + 1:>3}: {seconds[-1]:.3f} s, {record['steps']} steps", flush=True)
-    over, median = sum(s > asked.cap for s in seconds), statistics.median(seconds) / asked.cap
-    told = {"runs": len(seconds), "cap": asked.cap, "over": over, "least": min(seconds) / asked.cap, "median": median,
-            "most": max(seconds) / asked.cap}  # fmt: skip
-    print(json.dumps(told | {"seconds": seconds}) if asked.json else ", ".join(
-        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in told.items()))  # fmt: skip
-    return 1 if over or median < LEAST_MEDIAN else 0
+    tell = (lambda text: None) if asked.json else lambda text: print(text, flush=True)
+    found: dict[str, dict] = {}
+
+    def note(kind: str, shares: list[float], over: int, **more: object) -> None:
+        found[kind] = {"count": len(shares), "over": over, "least": min(shares), "median": statistics.median(shares),
+                       "most": max(shares), **more}  # fmt: skip
+        tell(f"{kind}: {len(shares)}, {over} over the cap; share of it used {min(shares):.4f} to {max(shares):.4f}, "
+             f"median {statistics.median(shares):.4f}; {more}")  # fmt: skip
+
+    if asked.simulated:
+        ends = [simulate(seed) for seed in range(asked.simulated)]
+        hows = {how: sum(h == how for _, h in ends) for how in ("before a step", "abandoned", "taken back")}
+        note("simulated", [last / 600 for last, _ in ends], sum(last > 600 for last, _ in ends), ends=hows)
+    with tempfile.TemporaryDirectory(prefix="golf-caps-") as place:
+        rows = []
+        for number in range(asked.runs):
+            here = Path(place) / str(number)
+            here.mkdir()
+            rows.append(train(number, asked.cap, asked.data, here))
+            row = rows[-1]
+            tell(f"run {number + 1:>3}: {row['seconds']:.3f} s, seen {row['seen']:.3f} s, {row['steps']} steps, ended "
+                 f"{row['how']}")  # fmt: skip
+        if rows:
+            over = sum(r["seconds"] > asked.cap or r["seen"] > asked.cap + SEEN for r in rows)
+            hows = {how: sum(r["how"] == how for r in rows) for how in ("before a step", "abandoned", "taken back")}
+            note("trained", [r["seconds"] / asked.cap for r in rows], over, ends=hows,
+                 seen_most=max(r["seen"] for r in rows) / asked.cap)  # fmt: skip
+        if asked.judged and rows:
+            stops = [judge(number, rows[0]["folder"], asked.data) for number in range(asked.judged)]
+            wrong = sum("was stopped after" not in why for _, why in stops)
+            note("judged", [s / JUDGED_SECONDS for s, _ in stops], sum(s > JUDGED_SECONDS + GRACE for s, _ in stops),
+                 not_called_late=wrong, said=stops[0][1])  # fmt: skip
+    if asked.json:
+        print(json.dumps(found))
+    low = [k for k in ("simulated", "trained") if k in found and found[k]["median"] < LEAST_MEDIAN]
+    return 1 if low or any(told["over"] for told in found.values()) else 0
 
 
 if __name__ == "__main__":
