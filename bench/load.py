@@ -3,8 +3,10 @@
     python bench/load.py RUN [--data data/builtin] [--tokens 62021846] [--interrupt SECONDS] [--json]
 
 The text is documents of the prepared data, drawn at random until there are so many tokens. The referee runs all its
-checks under a lifted cap; with --interrupt it is killed after so many seconds and started again. Prints tokens a second
-and the peak memory of the judge, of the scorer and of both; exit 1 where both together took 2 GB or more.
+checks under a lifted cap; with --interrupt it is killed so many seconds after its first scores are kept, and started
+again. Prints tokens a second, what was kept when it was killed, its last word on the time left, and the peak memory of
+the judge, of the scorer and of both; exit 1 where both together took 2 GB or more, the verdict is not valid, or nothing
+was kept when it was killed.
 """
 
 from __future__ import annotations
@@ -69,10 +71,12 @@ def without_claims(run: Path, target: Path) -> None:
                                   corpus_fingerprint=""))  # fmt: skip
 
 
-def follow(command: list[str], limit: float, peaks: dict[str, int]) -> str | None:
-    """Run a command, note its peaks of memory; its output, or None where it was killed after `limit` seconds."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    judge, end = psutil.Process(process.pid), time.monotonic() + limit
+def follow(command: list[str], limit: float, kept: Path, log: Path, peaks: dict[str, int]) -> str | None:
+    """Run a command, note its peaks of memory; its output, or None where it was killed `limit` seconds after there was
+    something in `kept`. What it says of its progress goes to `log`."""
+    with open(log, "a") as said:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=said, text=True)
+    judge, end = psutil.Process(process.pid), float("inf")
     while process.poll() is None:
         try:
             below = judge.children(recursive=True)
@@ -81,6 +85,8 @@ def follow(command: list[str], limit: float, peaks: dict[str, int]) -> str | Non
             break
         for name, size in (*sizes.items(), ("both", sum(sizes.values()))):
             peaks[name] = max(peaks[name], size)
+        if kept.exists() and end == float("inf"):
+            end = time.monotonic() + limit
         if time.monotonic() > end:
             process.kill()
             process.wait()
@@ -104,20 +110,24 @@ def main() -> int:
         without_claims(Path(asked.run), Path(place) / "run")
         command = [sys.executable, "eval_bpb.py", str(Path(place) / "run"), "--data", str(data), "--lift-cap", "--keep",
                    str(Path(place) / "kept"), "--json"]  # fmt: skip
-        began = time.monotonic()
-        said = follow(command, asked.interrupt, peaks)
-        said = said or follow(command, float("inf"), peaks)
-        seconds = time.monotonic() - began
+        began, kept, log = time.monotonic(), Path(place) / "kept", Path(place) / "said"
+        said, stood = follow(command, asked.interrupt, kept, log, peaks), 0
+        if said is None:
+            stood = json.loads(kept.read_text())["count"]
+            said = follow(command, float("inf"), kept, log, peaks)
+        seconds, progress = time.monotonic() - began, [w for w in log.read_text().split("\n") if "left" in w]
     verdict = json.loads(said)
     scored = {n["number"]: n for n in verdict["checks"]}
     told = {
         "tokens": asked.tokens, "seconds": round(seconds, 1), "scoring_seconds": verdict.get("eval_seconds"),
         "tokens_per_second": round(asked.tokens / verdict["eval_seconds"]), "valid": verdict["valid"],
-        "invalid": verdict.get("invalid", ""), "kept": scored[6]["evidence"],
+        "invalid": verdict.get("invalid", ""), "kept": scored[6]["evidence"], "stood_when_killed": stood,
+        "progress": progress[len(progress) // 2].strip() if progress else "", "lines_of_progress": len(progress),
         **{f"peak_{name}_mb": round(size / 1e6) for name, size in peaks.items()},
     }  # fmt: skip
     print(json.dumps(told) if asked.json else "\n".join(f"{k}: {v}" for k, v in told.items()))
-    return 0 if peaks["both"] < MOST else 1
+    interrupted = asked.interrupt == float("inf") or stood > 0
+    return 0 if peaks["both"] < MOST and verdict["valid"] and interrupted else 1
 
 
 if __name__ == "__main__":

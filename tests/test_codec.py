@@ -237,3 +237,10 @@ def test_decoding_allocates_at_most_twice_the_model():
 def test_a_missing_artifact_is_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="cannot be read"):
         codec.load_artifact(tmp_path / "model.bin")
+
+
+def test_few_lanes_for_a_large_file_are_refused():
+    """They are read one step after the other: 16 MB of one lane would take most of an hour."""
+    header, rest = split_artifact(ARTIFACT)
+    with pytest.raises(UsageError, match="1 lanes for"):
+        codec.read_header(resealed({**header, "lanes": 1}, rest + bytes(1_000_000)))
