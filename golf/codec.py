@@ -184,7 +184,7 @@ def read_header(data: bytes) -> tuple[Shape, dict, int, memoryview, memoryview]:
     if start + tables + 4 * lanes > len(data):
         raise UsageError("The artifact's tables and states are longer than the file.")
     if lanes < lane_count((len(data) - start - tables) / 2):  # the fewer, the longer it takes to read
-        raise UsageError(f"The artifact has {lanes} lanes for {len(data):,} bytes, fewer than any that was packed here.")
+        raise UsageError(f"The artifact has {lanes} lanes for {len(data):,} bytes, fewer than are packed here.")
     if shape.parameter_count > WEIGHTS_A_BYTE * len(data):
         raise UsageError(f"The artifact claims {shape.parameter_count:,} weights in {len(data):,} bytes.")
     return shape, note, lanes, view[start : start + tables], view[start + tables :]
