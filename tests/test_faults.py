@@ -18,6 +18,7 @@ import pytest
 
 from golf import run_list
 from golf.checkpoint import read_tensors
+from golf.codec import load_artifact
 from golf.log_file import read_log
 from tests.conftest import ROOT, TINY, run
 
@@ -323,3 +324,17 @@ def test_what_is_no_number_costs_one_update(corpus, tmp_path, what):
         record = record_of(run_.folder)
         assert record["status"] == "crash" and "nan" in record["reason"] and "at step 8" in record["reason"]
         assert record["steps"] == 6 and (run_.folder / "model.bin").exists()  # the seventh led there
+
+
+def test_a_disk_that_is_full_at_the_record_costs_the_record_alone(corpus, tmp_path):
+    plant = (
+        "from golf import records\nplain = records.write_bytes\n"
+        "def write_bytes(path, *parts):\n"
+        "    if path.name == 'submission.json':\n        raise OSError(28, 'No space left on device', str(path))\n"
+        "    plain(path, *parts)\nrecords.write_bytes = write_bytes\n"
+    )
+    with Launched(corpus, tmp_path, 1, "--run.max-steps", 5, "--pack.calibration-batches", 0, plant=plant) as run_:
+        assert run_.ends() == 2 and "submission.json: No space left on device" in run_.text
+        assert "Traceback" not in run_.text and load_artifact(run_.folder / "model.bin")
+        run_.nothing_half_written()
+        assert [r.status for r in run_list.started(tmp_path)] == ["crash"]
