@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 import depth_map
-from golf import controls, depth, formulaic, gate, map_page, topics
+from golf import controls, depth, formulaic, frontier, gate, map_page, topics
 from golf.console import run_script
 from golf.errors import UsageError
 from golf.exits import Entropy, FixedDepth
+from golf.pace import layer_flops
 from golf.recipe import Scoring
 from golf.sources import Document
 from golf.texts import Tokens, read_topics
@@ -326,6 +328,30 @@ def test_losses_at_stops_are_those_of_everyone_where_nobody_stops(looped_run):
     torch.testing.assert_close(some[0], wanted[0], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(some[-1], wanted[-1])
     assert torch.equal(gate.labels_from(losses, "last")[1:], losses[:-1])
+
+
+# == the frontier ==================================================================================================
+
+
+def test_a_frontier_counts_what_is_computed(looped_run, corpus, tmp_path):
+    done = run("depth_map.py", "frontier", looped_run, "--data", corpus, "--exit", "fixed", "random", "--points", 1,
+               "--rows", 8, "--png", tmp_path / "f.png", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (points,) = json.loads(done.stdout).values()
+    whole, *fixed = [p for p in points if p["rule"] != "random"]
+    assert whole["rule"] == frontier.ALL and whole["saved_flops"] == 0
+    assert [p["mean_depth"] for p in fixed] == list(range(1, len(fixed) + 1))
+    assert all(a["flops"] < b["flops"] < whole["flops"] for a, b in pairwise(fixed)) and (tmp_path / "f.png").exists()
+    shape = depth.load(looped_run).model.shape
+    layer, head = layer_flops(shape, 64), 2 * shape.width * shape.vocab_size
+    all_passes = frontier.scoring_flops(shape, 64, 128, [128] * shape.loops, "none")
+    assert all_passes == 128 * (shape.effective_layers * layer + head)
+    half = frontier.scoring_flops(shape, 64, 128, [128, 64], "entropy")
+    ends = 128 * ((shape.prelude + shape.coda) * layer + head)
+    square = 64 * 2 * shape.width * 64  # a pass of some positions attends to whole rows
+    assert half == ends + shape.core * (192 * layer + square) + (128 + 64 * (shape.loops > 2)) * head
+    twice = run("depth_map.py", "frontier", looped_run, looped_run, "--data", corpus)
+    assert twice.returncode == 2 and "named twice" in twice.stderr
 
 
 # == the page ======================================================================================================
