@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import eval_bpb
 from golf import pace
 from golf.average import WeightAverage
 from golf.block import exclude_own
@@ -218,3 +219,39 @@ def test_a_steps_flops_are_those_that_torch_counts(loops, activation):
     found = {kind.__name__: flops for kind, flops in counted.get_flop_counts()["Global"].items()}
     assert set(found) == {"mm", "bmm"}  # matrices, and attention over the whole square, of which half is needed
     assert found["mm"] + found["bmm"] // 2 == pace.step_flops(config, loops)
+
+
+LEAK = '''
+
+
+plain_exits = run_exits
+
+
+class Leaking:
+    """Each position's passes are those that the piece after it wants."""
+
+    def __init__(self, depths):
+        self.depths = depths
+
+    def stops(self, look):
+        return self.depths.gather(1, look.place) <= look.passed
+
+
+def run_exits(model, tokens, rule, *more, **named):
+    return plain_exits(model, tokens, Leaking(1 + 2 * (tokens.roll(-1, 1) % 2)), *more, **named)
+'''
+
+
+@pytest.mark.slow
+def test_the_referee_catches_depths_that_the_future_decides(corpus, tmp_path):
+    done = run("train_gpt.py", "smoke", *TINY, "--run.data", corpus, "--run.runs", tmp_path, "--run.max-steps", 20,
+               "--shape.no-skips", "--recipe.loops-from", "0", "--recipe.depth-loss", "each", "--scoring.exit",
+               "difference", "--scoring.exit-threshold", "0.3", "--pack.calibration-batches", 1)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    code = (folder / "source" / "train_gpt.py").read_text()
+    rule = "# == this file's own main"
+    (folder / "train_gpt.py").write_text(code.replace(rule, LEAK + "\n\n" + rule, 1))
+    verdict = eval_bpb.judge(folder, corpus, claims=False)
+    failed = {c["number"] for c in verdict["checks"] if c["status"] == "failed"}
+    assert not verdict["valid"] and failed & {1, 2}, verdict["invalid"]
