@@ -103,4 +103,5 @@ class LastWords:
             try:
                 self.save(f"{type(error).__name__}: {error}"[:300])
             except OSError as second:  # what went wrong first is what is raised
-                print(f"error: the weights could not be written ({second!r:.100}).", file=sys.stderr, flush=True)
+                if not isinstance(error, OSError):
+                    print(f"error: the weights could not be written ({second!r:.100}).", file=sys.stderr, flush=True)

@@ -279,7 +279,7 @@ def verify(folder: Path, data: str, tell: Callable[[str], None]) -> dict:
     if done.returncode == 2:
         raise UsageError(done.stderr.strip().splitlines()[-1].removeprefix("error: ").rstrip("."))
     if done.returncode not in (0, 1):
-        raise UsageError(f"{folder}: the referee was ended ({done.returncode}) and gave no verdict; verify it again")
+        raise UsageError(f"{folder}: the referee was ended ({done.returncode}) and gave no verdict, verify it again.")
     verdict = json.loads(done.stdout)
     if not verdict["valid"]:
         faults.append(f"the referee: {verdict['invalid']}")
