@@ -24,7 +24,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from golf.average import WeightAverage
 from golf.bpb import Score, windows
 from golf.calibrate import calibrate, rehearse
 from golf.clock import Clock, Pace, StepCounter
-from golf.codec import encode, load_artifact
+from golf.codec import changed, encode, load_artifact
 from golf.config import Config
 from golf.data import Corpus, TokenStream, ahead, batches
 from golf.errors import UsageError
@@ -301,7 +301,7 @@ def pack(result: Result, config: Config, path: Path, code_bytes: int, report: Ca
     weights = {name: p.detach().float().cpu().numpy() for name, p in result.model.named_parameters()}
     note = {"preset": config.preset, "seed": config.run.seed}
     if config.scoring != Scoring():
-        note["scoring"] = asdict(config.scoring)
+        note["scoring"] = changed(config.scoring)
     data, about = quantize(
         config.shape, weights, config.pack, config.target_bytes(code_bytes), result.sensitivities,
         partial(encode, config.shape, note=note, coder=config.pack.coder, chosen={}),

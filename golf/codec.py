@@ -22,6 +22,7 @@ from golf.errors import UsageError
 from golf.grid import CODE_LIMIT, NOTCH, OCTAVE, Grid, as_matrix, step_of
 from golf.rans import CodedDataError, Decoder, Encoder, lane_count
 from golf.reference import put_linked, take_linked
+from golf.recipe import Scoring
 from golf.shape import Shape
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFPACK", 2
@@ -150,10 +151,10 @@ def encode(
     return data
 
 
-def changed(shape: Shape) -> dict:
-    """The fields in which a shape differs from the default one."""
-    default = asdict(Shape())
-    return {name: value for name, value in asdict(shape).items() if value != default[name]}
+def changed(options: Shape | Scoring) -> dict:
+    """The fields in which options differ from the default ones: what an artifact's header says of them."""
+    default = asdict(type(options)())
+    return {name: value for name, value in asdict(options).items() if value != default[name]}
 
 
 def refuse_constant(name: str) -> float:

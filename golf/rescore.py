@@ -9,7 +9,7 @@ from pathlib import Path
 
 from golf import folders, records
 from golf.checks import check_scoring
-from golf.codec import read_header, with_note
+from golf.codec import changed, read_header, with_note
 from golf.config import fields_from_dict
 from golf.errors import UsageError
 from golf.files import write_bytes
@@ -40,7 +40,7 @@ def rescored(
         raise UsageError(f"{target} exists already, name another folder.")
     shutil.copytree(source, target)
     (target / "verdict.json").unlink(missing_ok=True)
-    write_bytes(target / "model.bin", with_note(data, note | {"scoring": asdict(scoring)}))
+    write_bytes(target / "model.bin", with_note(data, note | {"scoring": changed(scoring)}))
     measured, adapts = folders.sizes(target), scoring.adapts
     new = replace(
         record, stride=scoring.stride, chunk=scoring.chunk if adapts else 0, adapts=adapts, val_bpb=None, val_loss=None,
