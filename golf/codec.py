@@ -21,8 +21,8 @@ from golf.entropy import SCALE_ONE, Reader, put_following, put_static, take_foll
 from golf.errors import UsageError
 from golf.grid import CODE_LIMIT, NOTCH, OCTAVE, Grid, as_matrix, step_of
 from golf.rans import CodedDataError, Decoder, Encoder, lane_count
-from golf.reference import put_linked, take_linked
 from golf.recipe import Scoring
+from golf.reference import put_linked, take_linked
 from golf.shape import Shape
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GOLFPACK", 2
