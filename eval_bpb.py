@@ -38,9 +38,10 @@ from golf.contender import MOST_NUMBERS, Contender, Invalid, Limits
 from golf.data import Corpus
 from golf.errors import UsageError
 from golf.files import write_bytes
-from golf.judging import CHECKS, Referee, Sheet, stock_tokens, tell_progress
+from golf.judging import Referee, stock_tokens, tell_progress
 from golf.kept_scores import KeptScores
 from golf.recheck import fresh_process
+from golf.sheet import CHECKS, Sheet
 
 ROOT = Path(__file__).resolve().parent
 FAR_OVER = 16  # times the cap, beyond which a submission is not looked at

@@ -182,8 +182,7 @@ def train(
     timed = Clock(config.train_seconds, min(reserve, config.train_seconds / 2), machine.largest, now)
     clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
     if keeper:
-        keeper.begin(model, optimizers, clock, average, objective, noise, result)
-        keeper.rollback = rollback
+        keeper.begin(model, optimizers, clock, average, objective, noise, result, rollback)
         rollback.remember()  # a run that goes on falls back to where it does
 
     source = batches(

@@ -40,6 +40,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -58,7 +59,7 @@ from golf.files import write_bytes
 from golf.journal import processor
 from golf.log_file import read_log
 from golf.plan import Plan, average_step_flops, budget_flags, configuration, make_plan, read_plan, words_of, work_of
-from golf.result_rows import add_row, bpb_of, read_rows, table, void, wanted
+from golf.result_rows import TRIES, add_row, bpb_of, read_rows, table, void, wanted
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST_STEPS = 40  # whose mean is the training loss of a row
@@ -279,12 +280,16 @@ def carry_out(plan: Plan, results: Path, pairs: bool, most: int = 0) -> list[dic
     width = 2 if pairs and len(cores) >= 2 else 1
     plan = with_paces(plan, results, cores[: len(cores) // width])
     rows = read_rows(results)
-    done = 0
-    while (todo := wanted(plan, rows)) and not (most and done >= most):  # what was void is wanted once more
+    done, tried = 0, Counter()
+    while not (most and done >= most):  # what was void is wanted once more
+        todo = [one for one in wanted(plan, rows) if tried[one] < TRIES]
+        if not todo:
+            break
         part = todo[: min(width, most - done) if most else width]
         for number, (variant, seed) in enumerate(part):
             print(f"[{done + number + 1}/{done + len(todo)}] {variant}, seed {seed}", flush=True)
         done += len(part)
+        tried.update(part)
         for row in side_by_side(plan, part, cores) if width > 1 else [run_one(plan, *part[0], None)]:
             add_row(results, row)
             rows.append(row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ import torch
 from golf.depth import LENGTH, Looped, measure, rows_of, stopped, threshold_for
 from golf.errors import UsageError
 from golf.exits import Assigned, Rule
+from golf.formulaic import known_difficulty
 from golf.sources import Document
 from golf.texts import Tokens
 from golf.topics import id_means, interval
@@ -185,24 +185,6 @@ def retokenised(looped: Looped, texts: list[Document], rule: Rule, drop: float =
         topic: round(float(tokens.depth[tokens.topic == n].sum() / tokens.bytes[tokens.topic == n].sum()), 4)
         for n, topic in enumerate(tokens.topics)
     }  # fmt: skip
-
-
-def known_difficulty(seed: int = 1, documents: int = 40) -> list[Document]:
-    """Documents whose difficulty is known: copying, additions modulo 7, and one to three hops along stated links."""
-    generator, found = np.random.default_rng(seed), []
-    names = ["Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Joe", "Kim", "Leo"]
-    for _ in range(documents):
-        words = [names[n] for n in generator.integers(len(names), size=8)]
-        found.append(Document(f"{' '.join(words)}. Again: {' '.join(words)}.\n" * 4, "copy"))
-        sums = [(int(a), int(b)) for a, b in generator.integers(0, 7, (24, 2))]
-        found.append(Document("".join(f"{a} + {b} = {(a + b) % 7} modulo 7. " for a, b in sums), "modular arithmetic"))
-        order = generator.permutation(names)
-        facts = [f"{a} follows {b}." for a, b in itertools.pairwise(order)]
-        generator.shuffle(facts)
-        for hops in (1, 2, 3):
-            asked = [f"{hops} before {order[n]} is {order[n + hops]}." for n in generator.permutation(8)]
-            found.append(Document(" ".join(facts) + " " + " ".join(asked), f"{hops}-hop"))
-    return found
 
 
 # What is to be worked out in a document of known difficulty.

@@ -59,6 +59,17 @@ def load(folder: Path) -> Looped:
     return Looped(model, ByteTable(tokenizer_of(folder)), max(record.context, 2), folder.name)
 
 
+def load_all(folders: tuple[str, ...]) -> list[Looped]:
+    """The looped models of run folders, each with a name of its own. Raises UsageError."""
+    found = [load(Path(folder)) for folder in folders]
+    if len({looped.name for looped in found}) < len(found):
+        for looped, folder in zip(found, folders, strict=True):
+            looped.name = folder.strip("/")
+    if len({looped.name for looped in found}) < len(found):
+        raise UsageError("A run folder is named twice, name each once.")
+    return found
+
+
 @dataclass
 class Rows:
     """Documents as padded rows of tokens, and how many tokens of each are predicted."""

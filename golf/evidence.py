@@ -10,7 +10,7 @@ import hashlib
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from golf.bpb import ByteTable, documents
 from golf.contender import Contender
 from golf.data import Corpus
 from golf.errors import UsageError
-from golf.judging import Sheet
+from golf.sheet import Sheet
 from golf.submission import PUBLISHED_TOKENIZERS, Submission
 from golf.tokenizer_file import USUAL_BYTES
 from golf.validation import Tokenizer, Validation
@@ -67,19 +67,19 @@ def claims(submission: Submission, validation: Validation, sheet: Sheet, officia
 def hashes(tokens: np.ndarray, length: int) -> np.ndarray:
     """A 64-bit number for each window of `length` tokens, (N - length + 1,) uint64."""
     count = max(0, tokens.size - length + 1)
-    found = np.zeros(count, dtype=np.uint64)
-    for k in range(length):
-        found *= ODD
-        found += tokens[k : k + count].astype(np.uint64) + np.uint64(1)
-    return found
+    return mixed(np.zeros(count, dtype=np.uint64), (tokens[k : k + count] for k in range(length)))
 
 
 def hashes_at(tokens: np.ndarray, places: np.ndarray, length: int) -> np.ndarray:
     """The same for the windows that begin at `places` only, uint64 of their shape."""
-    found = np.zeros(places.shape, dtype=np.uint64)
-    for k in range(length):
+    return mixed(np.zeros(places.shape, dtype=np.uint64), (tokens[places + k] for k in range(length)))
+
+
+def mixed(found: np.ndarray, columns: Iterable[np.ndarray]) -> np.ndarray:
+    """Windows' first, second, ... tokens into their numbers, in place."""
+    for column in columns:
         found *= ODD
-        found += tokens[places + k].astype(np.uint64) + np.uint64(1)
+        found += column.astype(np.uint64) + np.uint64(1)
     return found
 
 

@@ -1,7 +1,9 @@
-"""Formulaic text, the topic that should need least: licences of installed packages, tables, and lists."""
+"""Made text: the formulaic topic that should need least (licences of installed packages, tables, lists), and tasks
+whose difficulty is known."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -63,3 +65,21 @@ def lists(generator: np.random.Generator) -> Iterator[tuple[str, str]]:
             yield "lists", "\n".join(f"{n}. {item}" for n, item in enumerate(items, 1))
         else:
             yield "lists", "\n".join(f"- {1920 + month // 12}-{month % 12 + 1:02}-{day:02}" for day in range(1, 29))
+
+
+def known_difficulty(seed: int = 1, documents: int = 40) -> list[Document]:
+    """Documents whose difficulty is known: copying, additions modulo 7, and one to three hops along stated links."""
+    generator, found = np.random.default_rng(seed), []
+    names = ["Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Joe", "Kim", "Leo"]
+    for _ in range(documents):
+        words = [names[n] for n in generator.integers(len(names), size=8)]
+        found.append(Document(f"{' '.join(words)}. Again: {' '.join(words)}.\n" * 4, "copy"))
+        sums = [(int(a), int(b)) for a, b in generator.integers(0, 7, (24, 2))]
+        found.append(Document("".join(f"{a} + {b} = {(a + b) % 7} modulo 7. " for a, b in sums), "modular arithmetic"))
+        order = generator.permutation(names)
+        facts = [f"{a} follows {b}." for a, b in itertools.pairwise(order)]
+        generator.shuffle(facts)
+        for hops in (1, 2, 3):
+            asked = [f"{hops} before {order[n]} is {order[n + hops]}." for n in generator.permutation(8)]
+            found.append(Document(" ".join(facts) + " " + " ".join(asked), f"{hops}-hop"))
+    return found

@@ -33,11 +33,15 @@ class KeptScores:
         self.path, self.scores, self.identity = path, path.with_name(path.name + ".f32"), identity
         self.state: dict = {}
         self.stretches = 0  # that stand
-        self.taken = open(self.scores, "a", encoding="utf-8")
+        if path.exists():
+            self.state = self.read()
+        self.taken = open(self.scores, "a", encoding="utf-8")  # which locks it for as long as this judge lives
         if not lock(self.taken):
             raise UsageError(f"--keep {path}: another judge is at it, name another file or wait.")
-        if not path.exists():
-            return
+
+    def read(self) -> dict:
+        """What stands. Raises UsageError."""
+        path, identity = self.path, self.identity
         try:
             told = json.loads(path.read_text("utf-8"))
             size, stretches, count = self.scores.stat().st_size, told["stretches"], told["count"]
@@ -46,7 +50,7 @@ class KeptScores:
             raise UsageError(f"--keep {path}: it is damaged ({error!r:.80}), delete it to begin anew.") from error
         if not fits or told.get("identity") != identity:
             raise UsageError(f"--keep {path}: it is of another submission or text, name another file or delete it.")
-        self.state = told
+        return told
 
     def go_on(self, referee: Referee, limits: Limits) -> int:
         """Put back what is committed; returns how many stretches that is."""

@@ -68,7 +68,7 @@ class LastWords:
                 return ""
             self.saved = True
             if loop.result.updating:  # half an update is none
-                self.keeper.rollback.take_back()
+                loop.rollback.take_back()
             loop.result.status, loop.result.reason = "crash", reason
             loop.optimizers.reset()  # whose memory the saving may need
             loop.optimizers.zero_grad()

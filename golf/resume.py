@@ -47,6 +47,7 @@ class Loop(NamedTuple):
     objective: Objective
     noise: GridNoise
     result: Any  # train_gpt.Result
+    rollback: Any  # train_gpt.Rollback, of the last update
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name; those that ranks hold parts of come whole, so that all ranks must ask."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import depth_map
-from golf import controls, depth, formulaic, frontier, gate, map_page, topics
+from golf import controls, depth, formulaic, frontier, gate, map_page, topic_study, topics
 from golf.console import run_script
 from golf.errors import UsageError
 from golf.exits import Entropy, FixedDepth
@@ -231,7 +231,7 @@ def test_near_copies_and_tables_of_figures_are_told_apart():
 
 def test_answers_are_what_is_to_be_worked_out(looped_run):
     looped = depth.load(looped_run)
-    texts = controls.known_difficulty(documents=3)
+    texts = formulaic.known_difficulty(documents=3)
     tokens = depth.measure(looped, texts, FixedDepth(2))
     asked = controls.answers(texts, tokens)
     for number, text in enumerate(texts):
@@ -257,7 +257,7 @@ def test_controls_keep_what_they_match():
     tokens = made(7)
     assert np.corrcoef(controls.lookup_scores(tokens, tokens.document % 2 == 0), tokens.depth)[0, 1] > 0.9
     assert set(controls.matched(tokens)) == {"a", "b", "c"} and -1 <= controls.split_half(tokens) <= 1
-    assert {t.topic for t in controls.known_difficulty(documents=2)} == {
+    assert {t.topic for t in formulaic.known_difficulty(documents=2)} == {
         "copy", "modular arithmetic", "1-hop", "2-hop", "3-hop"}  # fmt: skip
 
 
@@ -304,6 +304,7 @@ def test_a_gate_learns_on_a_frozen_model_and_goes_into_the_artifact(looped_run, 
     done = run("depth_map.py", "gate", looped_run, out, "--data", corpus, "--steps", 20, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["bytes_more"] > 0
+    assert topic_study.models_of((str(looped_run), str(out))) == [0, 0]
     before, after = (gate.decode_grids((f / "model.bin").read_bytes()) for f in (looped_run, out))
     assert after[0] == replace(before[0], exit_gate="hazard")
     for name, grid in before[1].items():
@@ -381,7 +382,7 @@ def test_a_page_escapes_everything(looped_run, tmp_path):
 @pytest.mark.parametrize(("words", "said"), [
     (("topics", "RUN", "--docs", "DOCS", "--exit", "gate"), "has no gate"),
     (("topics", "RUN", "--docs", "DOCS", "--exit", "margin", "--threshold", "1.5"), "margin takes 0 to 1"),
-    (("topics", "RUN", "--docs", "DOCS", "--agreement"), "two runs or more"),
+    (("topics", "RUN", "--docs", "DOCS", "--agreement"), "two models or more"),
     (("topics", "RUN", "--docs", "DOCS", "--threshold", "3.0"), "has 5 documents, give 20 or more"),
     (("topics", "RUN", "--docs", "nowhere.jsonl"), "no such file"),
     (("topics", "RUN", "--docs", "BAD"), 'document 1 has no topic'),
@@ -389,13 +390,14 @@ def test_a_page_escapes_everything(looped_run, tmp_path):
     (("map", "RUN", "--text", "EMPTY"), "it is empty"),
     (("map", "RUN", "--text", "DOCS", "--exit", "gate"), "has no gate"),
     (("gate", "RUN", "RUN"), "exists already"),
+    (("frontier", "RUN", "--data", "CORPUS", "--threshold", "0.5"), "has no gate"),
 ])  # fmt: skip
-def test_mistakes_end_in_one_sentence(words, said, looped_run, tmp_path, monkeypatch, capsys):
+def test_mistakes_end_in_one_sentence(words, said, looped_run, corpus, tmp_path, monkeypatch, capsys):
     docs, bad, empty = tmp_path / "docs.jsonl", tmp_path / "bad.jsonl", tmp_path / "empty.txt"
     docs.write_text("".join(json.dumps({"topic": "few", "text": f"Some words, {n}."}) + "\n" for n in range(5)))
     bad.write_text('{"topic": 3, "text": "x"}\n')
     empty.write_text("")
-    places = {"RUN": looped_run, "DOCS": docs, "BAD": bad, "EMPTY": empty}
+    places = {"RUN": looped_run, "DOCS": docs, "BAD": bad, "EMPTY": empty, "CORPUS": corpus}
     monkeypatch.setattr(sys, "argv", ["depth_map.py", *(str(places.get(w, w)) for w in words)])
     assert run_script(depth_map.main) == 2
     told = capsys.readouterr().err

@@ -134,3 +134,11 @@ def test_a_submission_may_not_hold_the_judges_file(tmp_path, corpus):
     folder = folder_of(tmp_path, corpus, False)
     done = run("eval_bpb.py", folder, "--data", corpus, "--keep", folder / "kept")
     assert done.returncode == 2 and "submission's own folder" in done.stderr
+
+
+def test_two_judges_do_not_write_one_file(tmp_path):
+    first = KeptScores(tmp_path / "kept.json", {"a": 1})
+    with pytest.raises(UsageError, match="another judge is at it"):
+        KeptScores(tmp_path / "kept.json", {"a": 1})
+    first.taken.close()
+    KeptScores(tmp_path / "kept.json", {"a": 1})

@@ -1,0 +1,156 @@
+"""The study of depth by topic from run folders to a verdict, as one object and for people."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tyro.conf import Positional
+
+from golf import records
+from golf.errors import UsageError
+from golf.rescore import read_artifact
+from golf.texts import chosen_texts
+
+
+@dataclass(frozen=True)
+class TopicsArguments:
+    """Mean loops by topic, with intervals over documents and runs, and what else could explain them."""
+
+    folders: Positional[tuple[str, ...]]
+    """Run folders of looped models of one tokenizer; several are crossed with the documents."""
+    docs: tuple[str, ...]
+    """Documents as JSON lines {topic, text, source}, held out of training; several files where sources lie apart."""
+    exit: Literal["entropy", "margin", "divergence", "difference", "gate", "random"] = "entropy"
+    """Rule by which tokens stop; gate asks a model that has one."""
+    threshold: float | None = None
+    """The rule's; chosen for --mean-depth when absent."""
+    mean_depth: float = 0.0
+    """Mean passes that the threshold is chosen for; 0 is the middle between one and all."""
+    per_topic: int = 0
+    """Documents of each topic; 0 is all."""
+    controls: bool = False
+    """Run the eleven controls too, the first four on every model, the rest on the first; some fifteen measurements."""
+    agreement: bool = False
+    """Ask how far runs agree on a token's depth; needs two or more (and is told whenever there are)."""
+    draws: int = 1000
+    """Bootstrap draws."""
+    json: bool = False
+    """Print one JSON object."""
+    output: str = ""
+    """File to write that object to."""
+
+
+def topics(a: TopicsArguments) -> dict:
+    """The whole study as one object. Raises UsageError."""
+    from golf import controls, depth
+    from golf import topics as study
+
+    texts = [text for docs in a.docs for text in chosen_texts(Path(docs), a.per_topic)]
+    if not a.folders:
+        raise UsageError("topics: name a run folder.")
+    if not 10 <= a.draws <= 100_000:
+        raise UsageError(f"--draws {a.draws}: give 10 to 100,000.")
+    models, same = depth.load_all(a.folders), models_of(a.folders)
+    if a.agreement and len(set(same)) < 2:
+        raise UsageError("--agreement: it needs runs of two models or more, name another folder.")
+    if len({m.table.vocab_size for m in models}) > 1:
+        raise UsageError("The runs have different tokenizers, give runs of one.")
+    for model in models:  # refused before any time is spent
+        model.rule(a.exit, a.threshold or 0.0)
+    study.check_topics(texts)
+    runs, rules, found = [], [], []
+    for model in models:
+        wanted = a.mean_depth or (1 + model.loops) / 2
+        threshold = a.threshold
+        if threshold is None:
+            threshold = depth.threshold_for(model, texts[:: max(1, len(texts) // 60)], a.exit, wanted)
+        rules.append(model.rule(a.exit, threshold))
+        runs.append(depth.measure(model, texts, rules[-1]))
+        found.append({"run": model.name, "threshold": threshold, "mean_depth": float(runs[-1].depth.mean()),
+                      "bpb": runs[-1].bits_a_byte})  # fmt: skip
+    resampling = study.Resampling(runs[0], len(runs), a.draws, models=same)
+    rows = study.by_topic(runs, resampling)
+    equal = study.adjusted(runs, resampling)
+    explained = [study.shares(r) for r in runs]
+    mean_share = {name: float(np.mean([e[name] for e in explained])) for name in explained[0]}
+    agree = study.agreement(runs, same) if len(set(same)) > 1 else None
+    checked = gates = None
+    if a.controls:
+        first = [same.index(model) for model in sorted(set(same))]  # a run of each model
+        gates = [controls.gates(models[n], texts, runs[n]) for n in first]
+        checked = {"1-4 gates": gates, **controls.all_of_them(models[0], texts, runs[0], a.exit, rules[0])}
+    word, said = study.verdict(gates, mean_share["topic_adds"], agree["tokens"] if agree else None)
+    return {
+        "rule": a.exit, "loops": models[0].loops, "runs": found, "topics": plain(rows),
+        "adjusted": {n: e.row() for n, e in zip(runs[0].topics, equal, strict=True)},
+        "contrasts": study.contrasts(runs[0].topics, [r["loops"] for r in rows]),
+        "contrasts_adjusted": study.contrasts(runs[0].topics, equal),
+        "sources": plain(study.by_source(runs, resampling)),
+        "contrasts_by_source": study.by_pairs_of_sources(runs, resampling),
+        "classes": plain(study.by_class(runs, resampling)),
+        "variance_explained": mean_share, "agreement": agree, "controls": checked, "verdict": word, "because": said,
+    }  # fmt: skip
+
+
+def models_of(folders: tuple[str, ...]) -> list[int]:
+    """A number for the model of each run, the same for one, and for those whose gates were trained for it."""
+    of = []
+    for folder in map(Path, folders):
+        gate = records.read(folder).extra.get("gate")
+        own = hashlib.sha256(read_artifact(folder)).hexdigest()
+        of.append(gate.get("of", own) if isinstance(gate, dict) else own)
+    return [list(dict.fromkeys(of)).index(o) for o in of]
+
+
+def plain(rows: list[dict]) -> list[dict]:
+    """Rows whose intervals are written out."""
+    return [{k: v.row() if hasattr(v, "row") else v for k, v in row.items()} for row in rows]
+
+
+def show_topics(found: dict) -> None:
+    """The study for people."""
+    for run in found["runs"]:
+        print(f"{run['run']}: {found['rule']} at {run['threshold']:.5g}, {run['mean_depth']:.3f} of {found['loops']} "
+              f"loops a token, {run['bpb']:.4f} bpb")  # fmt: skip
+
+    def cell(v: dict) -> str:
+        return f"{v['mean']:.3f}" + (f" [{v['low']:.3f}, {v['high']:.3f}]" if v["low"] is not None else "")
+
+    print("\n| topic | documents | tokens | loops a token | loops a byte | at equal difficulty and kind | bpb "
+          "| nats that passes gain |\n" + "|---" * 8 + "|")  # fmt: skip
+    for row in sorted(found["topics"], key=lambda r: -r["loops"]["mean"]):
+        print(f"| {row['topic']} | {row['documents']} | {row['tokens']:,} | {cell(row['loops'])} | "
+              f"{cell(row['loops_a_byte'])} | {cell(found['adjusted'][row['topic']])} | {row['bpb']:.3f} | "
+              f"{cell(row['gain'])} |")  # fmt: skip
+    for title, name in (("Contrasts, raw", "contrasts"), ("Contrasts, adjusted", "contrasts_adjusted")):
+        print(f"\n{title}:")
+        for row in found[name]:
+            print(f"  {row['topics']:<28} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] "
+                  f"p {row['p_holm']:.2g} (Holm)")  # fmt: skip
+    print("\nThe same between sources of 20 documents or more:")
+    for row in found["contrasts_by_source"]:
+        each = "; ".join(f"{' - '.join(s or '-' for s in e['sources'])} {e['mean']:+.3f}" for e in row["pairs"])
+        print(f"  {row['topics']:<28} {row['sources']}: {each}")
+    print("\n| source | topic | documents | loops a token |\n|---|---|---|---|")
+    for row in found["sources"]:
+        print(f"| {row['source'] or '-'} | {row['topic']} | {row['documents']} | {cell(row['loops'])} |")
+    print("\n| kind of token | tokens | loops at it | more than the mean token | loops to predict it "
+          "| more than the mean token |\n|---|---|---|---|---|---|")  # fmt: skip
+    for row in found["classes"]:
+        cells = [cell(row[c]) if c in row else "-" for c in ("at", "at_more", "predicting", "predicting_more")]
+        print(f"| {row['class']} | {row['tokens']:,} | {' | '.join(cells)} |")
+    shares = found["variance_explained"]
+    print("\nShare of depth's variance explained on held-out documents: "
+          + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shares.items()))  # fmt: skip
+    if found["controls"]:
+        print("\nControls:")
+        for name, value in found["controls"].items():
+            print(f"  {name}: {json.dumps(value)}")
+    print(f"\nverdict: {found['verdict']}")
+    for line in found["because"]:
+        print(f"  {line}")
