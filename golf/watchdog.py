@@ -24,8 +24,8 @@ BEAT = 1.0  # seconds between two signs of life
 PATIENCE = 15.0  # seconds without one
 SOON = 3.0  # the same, once communication has failed
 SLOWEST = 3.0  # times the longest step so far that a rank may take for one
-# Where a rank waits for others, or writes a checkpoint.
-WAITING = ("distributed_c10d.py", "overlap.py", "resume.py", "machine.py")
+WAITING = ("distributed_c10d.py", "overlap.py", "resume.py")  # where a rank waits for others, or writes a checkpoint
+AGREEING = {"largest", "total", "from_rank_0"}  # of machine.py: where numbers that all ranks meet in are read
 SAVING = 120.0  # seconds that saving what there is may take, which waits for a device that may hang
 
 
@@ -45,7 +45,10 @@ def in_a_collective(thread: int) -> bool:
     """Whether a thread waits for other ranks, or for a disk, by where it is."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
-        if frame.f_code.co_filename.endswith(WAITING):
+        code = frame.f_code
+        if code.co_filename.endswith(WAITING):
+            return True
+        if code.co_filename.endswith("machine.py") and code.co_name in AGREEING:
             return True
         frame = frame.f_back
     return False

@@ -147,9 +147,20 @@ def in_reading(rank: int, what: str) -> str:
     )
 
 
-def test_a_rank_that_stands_still_while_others_wait_is_named(corpus, tmp_path):
-    """Its threads live, so that it answers: the main thread hangs, in reading a file that never comes."""
-    hangs = in_reading(1, "print('it hangs', flush=True), time.sleep(600)")
+HANGS = "print('it hangs', flush=True), time.sleep(600)"
+IN_COMPUTING = (
+    "from golf.machine import Machine\nplain = Machine.given\n"
+    "def given(machine, array):\n"
+    "    given.count = getattr(given, 'count', 0) + 1\n"
+    f"    if os.environ['RANK'] == '1' and given.count > 80:\n        {HANGS}\n"
+    "    return plain(machine, array)\n"
+    "Machine.given = given\n"
+)
+
+
+@pytest.mark.parametrize("hangs", [in_reading(1, HANGS), IN_COMPUTING], ids=["reading", "computing"])
+def test_a_rank_that_stands_still_while_others_wait_is_named(corpus, tmp_path, hangs):
+    """Its threads live, so that it answers: the main thread hangs, in reading a file that never comes, or at work."""
     with Launched(corpus, tmp_path, 2, plant=hangs) as run_:
         began = run_.says("it hangs", 180)
         assert run_.says("rank 1: it has stood in step") - began < NAMED_WITHIN
