@@ -36,8 +36,8 @@ from golf.average import WeightAverage
 from golf.bpb import Score, windows
 from golf.calibrate import calibrate, rehearse
 from golf.clock import Clock, Pace, StepCounter
-from golf.codec import changed, encode, load_artifact
-from golf.config import Config
+from golf.codec import encode, load_artifact
+from golf.config import Config, changed
 from golf.data import Corpus, TokenStream, ahead, batches
 from golf.errors import UsageError
 from golf.files import write_bytes

@@ -11,17 +11,15 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from golf.config import shape_from_dict
+from golf.config import changed, shape_from_dict
 from golf.entropy import SCALE_ONE, Reader, put_following, put_static, take_following, take_static
 from golf.errors import UsageError
 from golf.grid import CODE_LIMIT, NOTCH, OCTAVE, Grid, as_matrix, step_of
 from golf.rans import CodedDataError, Decoder, Encoder, lane_count
-from golf.recipe import Scoring
 from golf.reference import put_linked, take_linked
 from golf.shape import Shape
 
@@ -149,12 +147,6 @@ def encode(
     if shape.parameter_count > WEIGHTS_A_BYTE * len(data):
         raise UsageError("The weights are all but zero; an artifact holds at least half a bit a weight.")
     return data
-
-
-def changed(options: Shape | Scoring) -> dict:
-    """The fields in which options differ from the default ones: what an artifact's header says of them."""
-    default = asdict(type(options)())
-    return {name: value for name, value in asdict(options).items() if value != default[name]}
 
 
 def refuse_constant(name: str) -> float:

@@ -97,6 +97,13 @@ class Config:
         return self
 
 
+def changed(options: object) -> dict:
+    """The fields in which a flat dataclass differs from its defaults: what an artifact's header says, and what stays
+    the same when an option that nobody sets is added or goes."""
+    default = asdict(type(options)())
+    return {name: value for name, value in asdict(options).items() if value != default[name]}
+
+
 def fields_from_dict(kind: type, values: object, what: str):
     """A flat dataclass from a stranger's JSON object, names and types checked. Raises UsageError."""
     if not isinstance(values, dict):

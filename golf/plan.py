@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from golf import pace
-from golf.config import Config
+from golf.config import Config, changed
 from golf.errors import UsageError
 from golf.presets import PRESETS, parse_command_line
 from golf.recipe import Recipe
@@ -114,7 +114,7 @@ def work_of(config: Config) -> str:
     """What a step computes, whatever its length and number of passes, as a short hash: alike where paces are."""
     usual = Recipe()
     recipe = replace(config.recipe, **{key: getattr(usual, key) for key in IDLE})
-    told = json.dumps([asdict(config.shape), asdict(recipe), config.run.dtype, config.run.compile])
+    told = json.dumps([changed(config.shape), changed(recipe), config.run.dtype, config.run.compile])
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from golf import folders, records
 from golf.checks import check_scoring
-from golf.codec import changed, read_header, with_note
-from golf.config import fields_from_dict
+from golf.codec import read_header, with_note
+from golf.config import changed, fields_from_dict
 from golf.errors import UsageError
 from golf.files import write_bytes
 from golf.recipe import Scoring

@@ -165,8 +165,13 @@ def test_a_results_file_with_another_fault_is_refused(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ablations").glob("*.toml")), ids=lambda p: p.stem)
 def test_the_plans_that_come_with_the_program_can_be_read(path):
-    plan = read_plan(path)
+    """And their tables printed: paces beside them are of what their variants compute."""
+    plan, results = read_plan(path), path.with_suffix(".jsonl")
     assert plan.seeds and plan.variants
+    if path.with_suffix(".pace.json").exists():
+        plan = with_paces(plan, results)
+    if results.exists() and (plan.equal != "pace" or plan.paces):
+        assert table(plan, read_rows(results)).count("\n| ") >= len(plan.variants)
 
 
 def test_a_run_that_crashed_has_no_score():
