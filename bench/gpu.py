@@ -178,11 +178,12 @@ def check(device: str) -> None:
     from golf.model import RecurrentGPT
     from golf.objective import Objective
     from golf.recipe import Recipe
-    from golf.shape import Shape
+    from golf.shape import BOS, Shape
 
     shape = Shape(width=256, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=2, pass_scalars=True)
     config = Config("baseline", "contest", shape, Recipe(sequence_length=256, batch_tokens=2048))
     tokens = np.random.default_rng(1).integers(0, shape.vocab_size, (8, 257))
+    tokens[:, ::50] = BOS
     batch, place = [(tokens[:, :-1].copy(), tokens[:, 1:].copy())], torch.device(device)
 
     def model_of(kind, dtype=torch.float32):
@@ -197,21 +198,23 @@ def check(device: str) -> None:
         loss = run(model, batch, machine, 2, objective or Objective(config))
         return float(loss), torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
-    exact = found(model_of(RecurrentGPT, torch.float64), Machine(place, torch.float64, "none"))
-    rows, plain = [], {}
-    for dtype in (torch.float32, torch.bfloat16):
-        for mode in ("none", "block", "model") if place.type == "cuda" else ("none",):  # a CPU compiles for minutes
-            torch._dynamo.reset()
-            model = model_of(RecurrentGPT)
-            compile_model(model, mode)
-            loss, gradient = found(model, Machine(place, dtype, mode))
-            off = float((gradient - exact[1]).norm() / exact[1].norm())
-            plain.setdefault(dtype, off)
-            good = off < (0.02 if dtype == torch.float32 else 0.05) and off < 2 * plain[dtype] + 1e-4
-            rows.append({
-                "path": f"{str(dtype)[6:]} {mode}", "loss_off": abs(loss - exact[0]), "gradients_off": off,
-                "good": good and abs(loss - exact[0]) < 0.01,
-            })  # fmt: skip
+    rows = []
+    for within, kind in (("", config), (" documents", replace(config, recipe=replace(config.recipe, isolate=True)))):
+        objective, plain = Objective(kind), {}
+        exact = found(model_of(RecurrentGPT, torch.float64), Machine(place, torch.float64, "none"), objective=objective)
+        for dtype in (torch.float32, torch.bfloat16):
+            for mode in ("none", "block", "model") if place.type == "cuda" else ("none",):  # a CPU compiles for minutes
+                torch._dynamo.reset()
+                model = model_of(RecurrentGPT)
+                compile_model(model, mode)
+                loss, gradient = found(model, Machine(place, dtype, mode), objective=objective)
+                off = float((gradient - exact[1]).norm() / exact[1].norm())
+                plain.setdefault(dtype, off)
+                good = off < (0.02 if dtype == torch.float32 else 0.05) and off < 2 * plain[dtype] + 1e-4
+                rows.append({
+                    "path": f"{str(dtype)[6:]} {mode}{within}", "loss_off": abs(loss - exact[0]), "gradients_off": off,
+                    "good": good and abs(loss - exact[0]) < 0.01,
+                })  # fmt: skip
     alone = sys.modules["submission"] = types.ModuleType("submission")
     exec(compile(bundle.readable(config), "submission", "exec"), alone.__dict__)  # our own source, in one file
     machine = alone.Machine(place, torch.bfloat16, "none")
@@ -310,7 +313,7 @@ def table(found: dict) -> None:
     """What people read."""
     for row in found["checks"]:
         said = "as float64 says" if row["path"] != "bundle" else "as the checkout says"
-        print(f"{row['path']:<16} {said if row['good'] else 'WRONG':<22} gradients off by {row['gradients_off']:.1e}")
+        print(f"{row['path']:<24} {said if row['good'] else 'WRONG':<22} gradients off by {row['gradients_off']:.1e}")
     for label, row in found["rows"].items():
         top = row["products"]
         held, predicted = (b / 1e9 for b in row["memory"])

@@ -40,6 +40,24 @@ def same_document(tokens: Tensor) -> Tensor:
     return seen[:, None]
 
 
+@torch.compiler.disable
+def document_bounds(tokens: Tensor) -> Tensor:
+    """tokens (B, T), rows end to end -> (N + 1,) int32: where each document or row begins, and B * T. How many there
+    are is data, which the host waits for."""
+    begins = tokens == BOS
+    begins[:, 0] = True
+    found = begins.flatten().nonzero()[:, 0]
+    bounds = F.pad(found, (0, 1), value=tokens.numel()).to(torch.int32)
+    torch._dynamo.mark_dynamic(bounds, 0)  # one graph for any number of documents
+    return bounds
+
+
+def takes_bounds(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's attention of variable lengths (FlashAttention 2, Dao 2023) runs there."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @dataclass
 class Kept:
     """Keys and values (B, KV, T, head) of one block for whole rows, of which only some positions still change."""
@@ -78,7 +96,7 @@ class Given:
     start: Tensor  # (B, T, D) normalised embeddings
     cos: Tensor  # (T, 1, head), or (B, N, 1, head)
     sin: Tensor
-    seen: Tensor | None = None  # (B, 1, T, T), or causal
+    seen: Tensor | None = None  # (B, 1, T, T), or the documents' bounds (N + 1,), or causal
 
     def at(self, place: Tensor) -> Given:
         """Of the positions (B, N) int64 only."""
@@ -86,7 +104,11 @@ class Given:
 
     def repeated(self, times: int) -> Given:
         """The same rows several times over, one copy after the other."""
-        seen = None if self.seen is None else self.seen.repeat(times, 1, 1, 1)
+        seen = self.seen
+        if seen is not None and seen.dim() == 1:
+            seen = torch.cat([seen[:1], *(seen[1:] + copy * self.start[..., 0].numel() for copy in range(times))])
+        elif seen is not None:
+            seen = seen.repeat(times, 1, 1, 1)
         return Given(self.start.repeat(times, 1, 1), self.cos, self.sin, seen)
 
 
@@ -97,7 +119,7 @@ def gathered(x: Tensor, place: Tensor) -> Tensor:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     """q (B, H, T, head), k and v (B, KV, T, head) -> (B, H, T, head), each position attending to itself and before,
-    or where `seen` (B, 1, T, T) says so.
+    or where `seen`, (B, 1, T, T) or the documents' bounds (N + 1,), says so.
 
     Compiled for a CPU, short rows go as plain products, 32 queries against the keys up to them, divided by their sum
     at the end. No maximum is taken off first: queries and keys come normalised, so that a score beyond STEEPEST, where
@@ -106,6 +128,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None
     """
     batch, heads, length, size = q.shape
     groups = k.size(1)
+    if seen is not None and seen.dim() == 1:
+        q, k, v = (y.transpose(1, 2).flatten(0, 1) for y in (q, k, v))  # (B T, H, head)
+        k, v = (y.repeat_interleave(heads // groups, dim=1) for y in (k, v))
+        from torch.nn.attention.varlen import varlen_attn  # seconds, which nobody else need wait for
+
+        y = varlen_attn(q, k, v, seen, seen, length, length, window_size=(-1, 0))
+        return y.view(batch, length, heads, size).transpose(1, 2)
     if seen is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=groups != heads)
     if not (torch.compiler.is_compiling() and q.device.type == "cpu" and length <= 512):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from golf.block import Block, Given, Kept, Tap, same_document
+from golf.block import Block, Given, Kept, Tap, document_bounds, same_document, takes_bounds
 from golf.halting import ACT_BIAS, EPSILON, SLACK, uniform_biases
 from golf.loss import capped, capped_cross_entropy, part_loss
 from golf.recipe import Recipe
@@ -247,7 +247,10 @@ class RecurrentGPT(nn.Module):
     def enter(self, tokens: Tensor, dtype: torch.dtype, isolate: bool = False) -> Given:
         """What the layers read of tokens (B, T)."""
         shape = self.shape
-        seen = same_document(tokens) if isolate else None
+        seen = None
+        if isolate:
+            fast = self.training and takes_bounds(tokens.device, dtype)
+            seen = document_bounds(tokens) if fast else same_document(tokens)
         cos, sin = self.rotary(tokens.size(1), tokens.device, dtype)
         found = F.embedding(tokens, self.embedding).to(dtype)
         if self.tap:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -18,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import eval_bpb
 from golf import pace
 from golf.average import WeightAverage
-from golf.block import exclude_own
+from golf.block import document_bounds, exclude_own
 from golf.config import Config
 from golf.data import TokenStream, batches, coprime_stride
 from golf.machine import Machine, accumulate
@@ -102,6 +104,62 @@ def test_within_documents_nothing_passes_from_one_to_the_next(options):
     assert torch.equal(before[:, 7:], after[:, 7:]) and not torch.equal(before[:, 1:7], after[:, 1:7])
     plain, changed = (model.hidden(t, torch.float64) for t in (tokens, other))
     assert not torch.equal(plain[:, 7:], changed[:, 7:])
+
+
+@pytest.fixture(scope="module")
+def variable_lengths_on_a_cpu():
+    """torch has that kernel for GPUs only: here the operator itself, with its checks, gets a slow one."""
+    importlib.import_module("torch.nn.attention.varlen")
+
+    def documents(bounds, *rows):
+        for begin, end in itertools.pairwise(bounds.tolist()):
+            q, k, v, *rest = (row[begin:end].transpose(0, 1) for row in rows)  # (H, T, head)
+            scores = q @ k.mT * q.size(-1) ** -0.5
+            ahead = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+            yield q, k, v, torch.softmax(scores.masked_fill(ahead, -math.inf), dim=-1), *rest
+
+    @torch.library.register_kernel("torch_attn::_varlen_attn", "cpu")
+    def forward(q, k, v, bounds, bounds_k, max_q, max_k, is_causal, scale, window, *rest):
+        assert is_causal and window == [-1, 0] and bounds is bounds_k
+        y = torch.cat([(weight @ v).transpose(0, 1) for _, _, v, weight in documents(bounds, q, k, v)])
+        return y, torch.zeros(q.size(1), len(q)), torch.zeros(2, dtype=torch.uint64)
+
+    @torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu")
+    def backward(gradient, q, k, v, out, lse, bounds, *rest):
+        found = []
+        for q_, k_, v_, weight, g in documents(bounds, q, k, v, gradient):
+            slope = g @ v_.mT
+            slope = weight * (slope - (slope * weight).sum(dim=-1, keepdim=True)) * q_.size(-1) ** -0.5
+            found.append([y.transpose(0, 1) for y in (slope @ k_, slope.mT @ q_, weight.mT @ g)])
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_documents_as_bounds_are_the_mask(variable_lengths_on_a_cpu, compiled):
+    """Loss and gradients of both, also of every pass at once; a compiler takes any number of documents in one graph."""
+    model = model_of().requires_grad_()
+    if compiled:
+        torch._dynamo.reset()
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+
+    def found(tokens, bounds: bool) -> torch.Tensor:
+        given = model.enter(tokens, torch.float64, isolate=True)
+        given = replace(given, seen=document_bounds(tokens)) if bounds else given
+        copies = model.coda(torch.cat([model.prelude(given)] * 2), given.repeated(2))
+        loss = (model.through(given) * torch.arange(32)).sum() + (copies * torch.arange(32)).square().mean()
+        model.zero_grad()
+        loss.backward()
+        return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
+
+    tokens = tokens_of()
+    other = tokens.clone()
+    other[:, 3:20:3] = BOS
+    assert document_bounds(tokens).tolist() == [0, 7, 14, 21, 24, 31, 38, 45, 48]
+    torch.testing.assert_close(found(tokens, True), found(tokens, False), rtol=1e-9, atol=1e-9)
+    with torch._dynamo.config.patch(error_on_recompile=compiled):
+        many = found(other, True)
+    torch.testing.assert_close(many, found(other, False), rtol=1e-9, atol=1e-9)
 
 
 EVERY_OPTION = (
