@@ -182,7 +182,9 @@ def with_paces(plan: Plan, results: Path, cpus: list[int] | None = None) -> Plan
     works = {name: work_of(config) for name, config in configs.items()}
     told = {name: entry["work"] for name, entry in known.items() if isinstance(entry, dict)}
     if missing := [name for name, work in works.items() if told.get(name) != work]:
-        if known or cpus is None:
+        if not known and cpus is None:
+            raise UsageError(f"{path} is not there: nothing is timed yet; run the plan without --table.")
+        if known:
             raise UsageError(f"{path}: it has no pace of {missing[0]} as it is now, and all are timed in turn; delete "
                              "the file.")  # fmt: skip
         from golf.timing import paces

@@ -184,6 +184,8 @@ def test_a_pace_is_of_what_a_variant_computes(tmp_path, corpus):
     plan = make_plan({"preset": "smoke", "data": str(corpus), "equal": "pace", "amount": 1, "seeds": [1],
                       "variants": {"a": [*TINY]}}, "plan")  # fmt: skip
     results = tmp_path / "rows.jsonl"
+    with pytest.raises(UsageError, match="nothing is timed yet"):
+        with_paces(plan, results)
     work = work_of(configuration(plan, "a", 1))
     results.with_suffix(".pace.json").write_text(json.dumps({"a": {"work": work, "pace": "1=5.0"}}))
     assert with_paces(plan, results).paces == {"a": "1=5.0"}
