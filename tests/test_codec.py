@@ -138,6 +138,7 @@ def test_a_flat_model_of_the_same_depth_is_larger():
     assert len(artifact(flat, weights_of(flat))[0]) > 1.4 * len(ARTIFACT)
 
 
+@pytest.mark.slow
 def test_one_dial_goes_from_ternary_to_eight_bits():
     weights = weights_of(replace(SHAPE, width=64))
     shape = replace(SHAPE, width=64)
@@ -224,6 +225,7 @@ def test_mutations_and_truncations_are_refused_or_decode_to_the_declared_shapes(
         assert sum(refused(mutated(data, rng)) for _ in range(trials)) > trials / 2
 
 
+@pytest.mark.slow
 def test_decoding_allocates_at_most_twice_the_model():
     shape = replace(SHAPE, width=128, vocab_size=1024)
     data, _ = artifact(shape, weights_of(shape))

@@ -334,6 +334,7 @@ def test_losses_at_stops_are_those_of_everyone_where_nobody_stops(looped_run):
 # == the frontier ==================================================================================================
 
 
+@pytest.mark.slow
 def test_a_frontier_counts_what_is_computed(looped_run, corpus, tmp_path):
     done = run("depth_map.py", "frontier", looped_run, "--data", corpus, "--exit", "fixed", "random", "--points", 1,
                "--rows", 8, "--png", tmp_path / "f.png", "--json")  # fmt: skip

@@ -81,6 +81,7 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_ends_no_run(corpus, tmp_path):
     import sys
 

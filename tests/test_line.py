@@ -291,6 +291,7 @@ def test_a_crash_keeps_the_last_good_weights(corpus, tmp_path):
     assert codec.load_artifact(folder / "model.bin")[1]["embedding"].max() < 1e3
 
 
+@pytest.mark.slow
 def test_ctrl_c_packs_and_judges_what_there_is(corpus, tmp_path):
     command = [
         sys.executable,

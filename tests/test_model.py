@@ -176,6 +176,7 @@ def test_every_shape_runs_at_every_number_of_loops(loops):
                 assert model(tokens, dtype=torch.float64, loops=n).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(missing_for_compile()), reason="nothing to compile with")
 @pytest.mark.parametrize("length", [64, 200])
 def test_short_rows_attend_alike_compiled_and_not(length):
@@ -262,7 +263,7 @@ def test_shares_weigh_losses_and_learn_from_them(compiled):
         torch.testing.assert_close(loss.capped_cross_entropy(x, weight, targets, 30.0, shares=shares)[0], found)
 
 
-@pytest.mark.parametrize("length", [24, 96, 100])
+@pytest.mark.parametrize("length", [24, pytest.param(96, marks=pytest.mark.slow), 100])
 @pytest.mark.parametrize("steep", [1.0, 4.0])
 def test_short_rows_by_plain_products_are_the_attention_they_stand_for(length, steep):
     torch.manual_seed(0)

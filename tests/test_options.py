@@ -134,7 +134,7 @@ def variable_lengths_on_a_cpu():
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize("compiled", (False, pytest.param(True, marks=pytest.mark.slow)))
 def test_documents_as_bounds_are_the_mask(variable_lengths_on_a_cpu, compiled):
     """Loss and gradients of both, also of every pass at once; a compiler takes any number of documents in one graph."""
     model = model_of().requires_grad_()
@@ -163,12 +163,13 @@ def test_documents_as_bounds_are_the_mask(variable_lengths_on_a_cpu, compiled):
 
 
 EVERY_OPTION = (
-    ["--shape.exclusive", "--shape.attn-gate", "--shape.smear", "--shape.rotary-share", "0.5", "--shape.no-skips"],
+    ["--shape.exclusive", "--shape.attn-gate", "--shape.smear", "--shape.rotary-share", "0.5", "--shape.no-skips",
+     "--shape.exit-gate", "hazard", "--recipe.depth-loss", "gate", "--scoring.exit", "gate",
+     "--scoring.exit-threshold", "0.5"],
     ["--shape.lanes", "--shape.skips", "--shape.loop-scale", "--shape.no-pass-scalars", "--shape.activation", "relu2",
      "--scoring.isolate", "--scoring.stride", "16"],
-    ["--shape.no-skips", "--shape.exit-gate", "hazard", "--recipe.depth-loss", "gate", "--scoring.exit", "gate",
-     "--scoring.exit-threshold", "0.5"],
-    ["--shape.no-skips", "--recipe.depth-loss", "each", "--scoring.exit", "entropy", "--scoring.exit-threshold", "6"],
+    pytest.param(["--shape.no-skips", "--recipe.depth-loss", "each", "--scoring.exit", "entropy",
+                  "--scoring.exit-threshold", "6"], marks=pytest.mark.slow),
 )  # fmt: skip
 
 

@@ -258,7 +258,8 @@ def test_an_interrupted_preparation_continues_and_gives_the_same_shards(tmp_path
     assert not [p for p in broken.iterdir() if p.suffix == ".part"]
 
 
-@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
 def test_a_disk_that_fills_at_any_write_loses_nothing(tmp_path, library_texts, monkeypatch, again):
     """The n-th write fails, for every n; the next try must give what an untroubled preparation gives."""
     import golf.data

@@ -105,7 +105,7 @@ def test_each_refinement_lowers_the_predicted_loss_at_equal_bytes():
 
 
 @pytest.mark.parametrize("target", [28_345])
-@pytest.mark.parametrize("quantizer", ["scalar", "trellis"])
+@pytest.mark.parametrize("quantizer", [pytest.param("scalar", marks=pytest.mark.slow), "trellis"])
 def test_artifacts_land_just_below_their_target(target, quantizer):
     for s in (None, sensitivities_of(SHAPE)):
         _, data, report = packed(Pack(quantizer=quantizer), target, s)
