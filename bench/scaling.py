@@ -22,23 +22,18 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from golf.config import Config
+from golf.presets import PRESETS
+from golf.recipe import Run
+
 AXES = {
-    "width": (64, 128, 256), "unique blocks": (3, 6, 12), "loops": (1, 2, 4, 8), "row length": (64, 128, 256, 512),
+    "width": (64, 128, 256), "unique blocks": (3, 6, 12), "loops": (1, 2, 8), "row length": (128, 256, 512),
     "ranks": (1, 2),
 }  # fmt: skip
 
 
-def point(axis: str, value: int, steps: int) -> None:
-    """In a process of its own: print seconds a step (median), bytes that the peak grew by, and training FLOPs."""
-    import torch
-    import torch.distributed as dist
-
-    from golf import pace
-    from golf.machine import peak_memory
-    from golf.presets import PRESETS
-    from golf.recipe import Run
-    from golf.timing import Stepper
-
+def config_of(axis: str, value: int) -> Config:
+    """What a point runs."""
     config = PRESETS["laptop"]
     shape, recipe = config.shape, replace(config.recipe, batch_tokens=4096)
     if axis == "width":
@@ -49,14 +44,26 @@ def point(axis: str, value: int, steps: int) -> None:
         shape = replace(shape, loops=value)
     elif axis == "row length":
         recipe = replace(recipe, sequence_length=value)
-    config = replace(config, shape=shape, recipe=recipe, run=Run(threads=1 if axis == "ranks" else 0))
+    return replace(config, shape=shape, recipe=recipe, run=Run(threads=1 if axis == "ranks" else 0))
+
+
+def point(axis: str, value: int, steps: int) -> None:
+    """In a process of its own: print seconds a step (median), bytes that the peak grew by, and training FLOPs."""
+    import torch
+    import torch.distributed as dist
+
+    from golf import pace
+    from golf.machine import peak_memory
+    from golf.timing import Stepper
+
+    config = config_of(axis, value)
     before = peak_memory(torch.device("cpu"))
     stepper = Stepper(config)
     taken = sorted(stepper.step() for _ in range(steps))
     seconds = stepper.machine.largest(taken[steps // 2])
     if stepper.machine.rank == 0:
         print(json.dumps({
-            "value": value, "seconds": seconds, "bytes": peak_memory(stepper.machine.device) - before,
+            "seconds": seconds, "bytes": peak_memory(stepper.machine.device) - before,
             "flops": pace.step_work(config)[0],
         }))  # fmt: skip
     if dist.is_initialized():
@@ -86,9 +93,13 @@ def main() -> None:
     if arguments.point:
         point(arguments.point[0], int(arguments.point[1]), arguments.steps)
         return
-    found = {}
+    found, known = {}, {}
     for axis, values in AXES.items():
-        rows = [measure(axis, value, arguments.steps) for value in values]
+        rows = []
+        for value in values:
+            key = (config_of(axis, value), axis == "ranks" and value)
+            known[key] = known.get(key) or measure(axis, value, arguments.steps)  # axes meet in what is usual
+            rows.append({"value": value, **known[key]})
         fits = {key: round(slope(list(values), [r[key] for r in rows]), 2) for key in ("seconds", "bytes", "flops")}
         found[axis] = {"rows": rows, "exponents": fits}
         if not arguments.json:

@@ -33,22 +33,13 @@ def until_first_step() -> float:
     with tempfile.TemporaryDirectory() as runs:
         began = time.perf_counter()
         subprocess.run([sys.executable, "-m", "golf.prepare", "builtin"], cwd=ROOT, capture_output=True, check=True)
-        command = [
-            sys.executable,
-            "-u",
-            "train_gpt.py",
-            "smoke",
-            "--run.runs",
-            runs,
-            "--run.no-judge",
-            "--run.max-steps",
-            "1",
-        ]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        words = ("-u", "train_gpt.py", "smoke", "--run.runs", runs, "--run.no-judge", "--run.log-every", "1")
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             if line.startswith("step      1"):
                 break
         seconds = time.perf_counter() - began
+        process.kill()
         process.communicate()
     return seconds
 

@@ -1,12 +1,14 @@
 """Tokens/s of a training step at the laptop shape by number type and compile mode, as ratios in one run.
 
-    python bench/train_speed.py [PRESET] [--json]
+    python bench/train_speed.py [PRESET] [--modes none,block,model] [--json]
 
-The rows are timed in turn, several rounds, so that a drift of the machine hits all alike; medians are compared.
+The rows are timed in turn, several rounds, so that a drift of the machine hits all alike; medians are compared. The
+whole model (`model`) is left out unless asked for: a CPU compiles it for minutes.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -19,21 +21,23 @@ from golf.presets import PRESETS
 from golf.recipe import Run
 from golf.timing import Stepper
 
-ROWS = [(dtype, mode) for dtype in ("float32", "bfloat16") for mode in ("none", "block", "model")]
-
 
 def main() -> None:
-    words = [w for w in sys.argv[1:] if w != "--json"]
-    preset = PRESETS[words[0] if words else "laptop"]
-    steppers = {}
-    for dtype, mode in ROWS:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("preset", nargs="?", default="laptop", choices=PRESETS)
+    parser.add_argument("--modes", default="none,block")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    preset, steppers = PRESETS[arguments.preset], {}
+    rows = [(dtype, mode) for dtype in ("float32", "bfloat16") for mode in arguments.modes.split(",")]
+    for dtype, mode in rows:
         steppers[dtype, mode] = Stepper(replace(preset, run=Run(dtype=dtype, compile=mode)))
-    taken: dict[tuple[str, str], list[float]] = {row: [] for row in ROWS}
+    taken: dict[tuple[str, str], list[float]] = {row: [] for row in rows}
     for _ in range(7):
         for row, stepper in steppers.items():
             taken[row].append(stepper.step())
     tokens = preset.recipe.batch_tokens
-    base = statistics.median(taken[ROWS[0]])
+    base = statistics.median(taken[rows[0]])
     table = []
     for (dtype, mode), seconds in taken.items():
         middle = statistics.median(seconds)
@@ -42,10 +46,10 @@ def main() -> None:
             "slowest": round(tokens / max(seconds)), "fastest": round(tokens / min(seconds)),
             "ratio": round(base / middle, 3), "warm_up_seconds": round(steppers[dtype, mode].warm_up_seconds, 1),
         })  # fmt: skip
-    if "--json" in sys.argv:
+    if arguments.json:
         print(json.dumps(table))
         return
-    print(f"{preset.preset}, loops on, {tokens} tokens a step; ratio to {ROWS[0][0]} {ROWS[0][1]}")
+    print(f"{preset.preset}, loops on, {tokens} tokens a step; ratio to {' '.join(rows[0])}")
     for row in table:
         speed = f"{row['tokens_per_second']:>8,} tokens/s ({row['slowest']:,}-{row['fastest']:,})"
         warm_up = f"warm-up {row['warm_up_seconds']:.1f} s"
