@@ -28,7 +28,6 @@ def check_shape(shape: Shape) -> None:
     require(width % heads == 0, "shape.width", width, f"not divisible by {heads} heads, {near} is")
     require(shape.head_size % 2 == 0, "shape.heads", heads, f"the head size {shape.head_size} must be even for RoPE")
     require(heads % shape.kv_heads == 0, "shape.kv_heads", shape.kv_heads, f"must divide the {heads} heads")
-    require(0 <= shape.rotary_share <= 1, "shape.rotary_share", shape.rotary_share, "give 0 to 1")
     require(shape.mlp_width >= 1, "shape.mlp_ratio", shape.mlp_ratio, "give more than 0")
     require(shape.softcap > 0, "shape.softcap", shape.softcap, "give more than 0")
     require(shape.rope_base > 1, "shape.rope_base", shape.rope_base, "give more than 1")

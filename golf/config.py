@@ -38,9 +38,12 @@ TRACKS = {
 RETIRED: dict[str, dict] = {
     "shape": {
         "pass_signal": False, "pass_mix": False, "bigram_rows": 0, "bigram_width": 32, "value_blocks": 0,
-        "depth_scale": False,
+        "depth_scale": False, "rotary_share": 1.0,
     },
-    "recipe": {"random_loops": False, "embed_spectrum": 0.0, "shared_rate": 1.0, "short_length": 0, "short_until": 0.5},
+    "recipe": {
+        "random_loops": False, "embed_spectrum": 0.0, "shared_rate": 1.0, "short_length": 0, "short_until": 0.5,
+        "matrix_init": "uniform",
+    },
 }  # fmt: skip
 
 

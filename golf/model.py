@@ -106,8 +106,6 @@ class RecurrentGPT(nn.Module):
             value = torch.empty(p.shape)
             if rule == "embed":
                 value.normal_(std=recipe.embed_std, generator=generator)
-            elif rule == "fan_in" and recipe.matrix_init == "orthogonal":
-                nn.init.orthogonal_(value, generator=generator)
             elif rule == "fan_in":
                 value.uniform_(-(p.shape[1] ** -0.5), p.shape[1] ** -0.5, generator=generator)
             elif rule == "lanes":
@@ -126,13 +124,11 @@ class RecurrentGPT(nn.Module):
         return self
 
     def rotary(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, 1, head) of the position angles, as `rotate` wants them, computed once for each length.
-        Channels that carry no position have the angle 0."""
+        """cos and sin (T, 1, head) of the position angles, as `rotate` wants them, computed once for each length."""
         key = (length, device, dtype)
         if key not in self.angles:
-            half, turned = self.shape.head_size // 2, self.shape.rotary_channels // 2
-            frequency = torch.zeros(half, dtype=torch.float64)
-            frequency[:turned] = self.shape.rope_base ** (-torch.arange(turned, dtype=torch.float64) / turned)
+            half = self.shape.head_size // 2
+            frequency = self.shape.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
             angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
             cos, sin = torch.cat((angle.cos(),) * 2, dim=1), torch.cat((angle.sin(), -angle.sin()), dim=1)
             self.angles[key] = (cos[:, None].to(device, dtype), sin[:, None].to(device, dtype))

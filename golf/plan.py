@@ -104,7 +104,7 @@ def budget_flags(plan: Plan, variant: str, config: Config) -> list[str]:
 IDLE = (
     "loader", "loops_from", "matrix_rate", "embed_rate", "scalar_rate",
     "momentum", "momentum_start", "momentum_warmup", "matrix_decay", "embed_decay", "decay_taper", "warmdown",
-    "rate_floor", "adam_beta1", "adam_beta2", "adam_epsilon", "embed_std", "qk_gain", "matrix_init",
+    "rate_floor", "adam_beta1", "adam_beta2", "adam_epsilon", "embed_std", "qk_gain",
     "noise_from", "noise_step", "halt_penalty", "halt_warmup", "target_depth", "prior_weight", "prior_hazard",
     "gate_bias",
 )  # fmt: skip

@@ -84,8 +84,6 @@ class Recipe:
     """Standard deviation of the embedding at the start."""
     qk_gain: float = 1.5
     """Start of the learned gain on normalised queries."""
-    matrix_init: Literal["uniform", "orthogonal"] = "uniform"
-    """Start of matrices that do not start at zero."""
 
     def decay_at(self, progress: float) -> float:
         """The matrices' weight decay at `progress` in [0, 1] of the clock."""

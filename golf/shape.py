@@ -60,8 +60,6 @@ class Shape:
     """Give every pass of a shared block its own scales, mixes, gains and skip weights (a few kB)."""
     activation: Literal["relu2", "leaky-relu2"] = "relu2"
     """The MLP's: squared ReLU, or the same with half the slope below zero."""
-    rotary_share: float = 1.0
-    """Share of each head's channels that carry positions."""
     exclusive: bool = False
     """Take out of each head's output what lies along the position's own value (exclusive self-attention)."""
     attn_gate: bool = False
@@ -88,11 +86,6 @@ class Shape:
     def mlp_width(self) -> int:
         """Hidden channels."""
         return round(self.mlp_ratio * self.width)
-
-    @property
-    def rotary_channels(self) -> int:
-        """Channels of a head that carry positions, an even number."""
-        return 2 * round(self.rotary_share * self.head_size / 2)
 
     @property
     def unique_layers(self) -> int:

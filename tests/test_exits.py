@@ -20,7 +20,7 @@ SHAPE = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=2, c
 OPTIONS = {
     "plain": {}, "whole stack": {"prelude": 0, "coda": 0}, "scalars a pass": {"pass_scalars": True},
     "others": {"smear": True, "attn_gate": True, "exclusive": True,
-               "activation": "leaky-relu2", "rotary_share": 0.5},
+               "activation": "leaky-relu2"},
 }  # fmt: skip
 RULES = [
     exits.FixedDepth(2), exits.RandomDepth(0.4), exits.Entropy(3.4), exits.Margin(0.1), exits.Divergence(0.15),

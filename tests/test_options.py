@@ -32,9 +32,9 @@ from tests.conftest import TINY, run
 
 SHAPE = Shape(vocab_size=64, width=32, heads=4, kv_heads=2, prelude=1, core=1, coda=1, loops=3)
 OPTIONS = [
-    {"activation": "leaky-relu2"}, {"rotary_share": 0.5},
+    {"activation": "leaky-relu2"},
     {"exclusive": True}, {"attn_gate": True}, {"smear": True}, {"lanes": True}, {"pass_scalars": True},
-    {"activation": "leaky-relu2", "rotary_share": 0.25, "exclusive": True, "attn_gate": True,
+    {"activation": "leaky-relu2", "exclusive": True, "attn_gate": True,
      "smear": True, "pass_scalars": True, "lanes": True},
 ]  # fmt: skip
 
@@ -163,7 +163,7 @@ def test_documents_as_bounds_are_the_mask(variable_lengths_on_a_cpu, compiled):
 
 
 EVERY_OPTION = (
-    ["--shape.exclusive", "--shape.attn-gate", "--shape.smear", "--shape.rotary-share", "0.5", "--shape.no-skips",
+    ["--shape.exclusive", "--shape.attn-gate", "--shape.smear", "--shape.no-skips",
      "--shape.exit-gate", "hazard", "--recipe.depth-loss", "gate", "--scoring.exit", "gate",
      "--scoring.exit-threshold", "0.5"],
     ["--shape.lanes", "--shape.skips", "--shape.loop-scale", "--shape.no-pass-scalars", "--shape.activation", "relu2",
@@ -184,12 +184,6 @@ def test_the_referee_passes_a_model_with_every_option(corpus, tmp_path, flags):
     assert {c["number"] for c in verdict["checks"] if c["status"] == "passed"} >= {1, 2, 3, 4, 5, 6, 14, 15, 16}
 
 
-def test_starts_with_orthogonal_matrices():
-    model = RecurrentGPT(SHAPE).initialize(Recipe(matrix_init="orthogonal"), 1)
-    query = model.blocks[0].query.detach()
-    assert torch.allclose(query @ query.mT, torch.eye(32), atol=1e-5)
-
-
 def test_exclusive_attention_is_orthogonal_to_the_own_value():
     generator = torch.Generator().manual_seed(1)
     y, v = (torch.randn(2, n, 9, 8, dtype=torch.float64, generator=generator) for n in (4, 2))
@@ -197,13 +191,6 @@ def test_exclusive_attention_is_orthogonal_to_the_own_value():
     assert (out * v.repeat_interleave(2, dim=1)).sum(-1).abs().max() < 1e-12
     along = (y * F.normalize(v, dim=-1).repeat_interleave(2, dim=1)).sum(-1)
     assert torch.allclose(y.square().sum(-1) - along.square(), out.square().sum(-1))
-
-
-def test_part_of_the_channels_carries_no_position():
-    model = model_of(rotary_share=0.5)
-    cos, sin = model.rotary(9, torch.device("cpu"), torch.float64)
-    still = (cos[:, 0] == 1).all(dim=0) & (sin[:, 0] == 0).all(dim=0)
-    assert still.sum() == model.shape.head_size // 2 and Shape(rotary_share=0.25).rotary_channels == 16
 
 
 def test_the_average_is_an_exponential_one():
