@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import math
@@ -109,7 +108,7 @@ def test_within_documents_nothing_passes_from_one_to_the_next(options):
 @pytest.fixture(scope="module")
 def variable_lengths_on_a_cpu():
     """torch has that kernel for GPUs only: here the operator itself, with its checks, gets a slow one."""
-    importlib.import_module("torch.nn.attention.varlen")
+    from torch.nn.attention import varlen
 
     def documents(bounds, *rows):
         for begin, end in itertools.pairwise(bounds.tolist()):
@@ -118,13 +117,13 @@ def variable_lengths_on_a_cpu():
             ahead = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
             yield q, k, v, torch.softmax(scores.masked_fill(ahead, -math.inf), dim=-1), *rest
 
-    @torch.library.register_kernel("torch_attn::_varlen_attn", "cpu")
+    @varlen._varlen_attn.register_kernel("cpu")
     def forward(q, k, v, bounds, bounds_k, max_q, max_k, is_causal, scale, window, *rest):
         assert is_causal and window == [-1, 0] and bounds is bounds_k
         y = torch.cat([(weight @ v).transpose(0, 1) for _, _, v, weight in documents(bounds, q, k, v)])
         return y, torch.zeros(q.size(1), len(q)), torch.zeros(2, dtype=torch.uint64)
 
-    @torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu")
+    @varlen._varlen_attn_backward.register_kernel("cpu")
     def backward(gradient, q, k, v, out, lse, bounds, *rest):
         found = []
         for q_, k_, v_, weight, g in documents(bounds, q, k, v, gradient):
