@@ -22,13 +22,12 @@ def seed_table(name: str, width: int, unique: int, loops: int) -> Config:
 
 
 LAPTOP_SHAPE = Shape(
-    vocab_size=4096, width=128, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3, activation="leaky-relu2",
-    skips=False, pass_scalars=True,
+    vocab_size=4096, width=128, heads=2, kv_heads=1, prelude=1, core=1, coda=1, loops=3, skips=False,
+    pass_scalars=True,
 )  # fmt: skip
 LAPTOP_RECIPE = Recipe(
     sequence_length=256, batch_tokens=4096, loader="strided", matrix_rate=0.03, embed_rate=0.05, scalar_rate=0.03,
-    momentum_warmup=0.1, warmdown=1.0, newton_schulz="polar-express", row_normalize=True, clip_norm=1.0,
-    loops_from=0.6,
+    momentum_warmup=0.1, warmdown=1.0, loops_from=0.6,
 )  # fmt: skip
 
 PRESETS = {
