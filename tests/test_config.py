@@ -135,12 +135,12 @@ def test_every_option_of_shape_and_recipe_has_a_reason_or_a_plain_name():
 
 
 def test_flags_give_the_configuration_back():
-    words = "--shape.skips --shape.width 96 --recipe.row-normalize --recipe.loader sequential"
+    words = "--shape.skips --shape.width 96 --shape.pass-scalars --recipe.loader sequential"
     packing = "--run.seed 3 --run.name x --pack.matrix-step 0.4 --pack.embed-step 0.2 --scoring.stride 64"
     config = parse_command_line(["laptop", *words.split(), *packing.split()], "test")
     flags = flags_of(config)
     assert parse_command_line(["laptop", *flags], "test") == config
-    assert "--recipe.row-normalize" not in flags and "--shape.skips" in flags  # the first is the preset's own
+    assert "--shape.pass-scalars" not in flags and "--shape.skips" in flags  # the first is the preset's own
     assert flags_of(PRESETS["baseline"]) == []
 
 

@@ -297,7 +297,7 @@ def test_a_run_that_can_go_on_is_said_to_and_kept(tmp_path):
 
 
 def test_a_run_folders_readme_has_the_command_that_makes_it(tmp_path):
-    told = ["laptop", "--track", "unlimited", "--shape.loops", "2", "--recipe.no-row-normalize", "--run.seed", "7",
+    told = ["laptop", "--track", "unlimited", "--shape.loops", "2", "--shape.no-pass-scalars", "--run.seed", "7",
             "--run.data", "data/my texts", "--run.max-steps", "9"]  # fmt: skip
     config = parse_command_line([*told, "--run.name", "here", "--run.runs", "/somewhere"])
     folder = folder_of(tmp_path, "one", preset="laptop", config=json.loads(json.dumps(asdict(config))))
