@@ -116,13 +116,13 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None, load: L
         words = [*words_of(plan, variant, seed), *budget_flags(plan, variant, config)]
         here = ["--run.runs", place, "--run.name", "run", *([] if plan.judge else ["--run.no-judge"])]
         began = time.time()
-        with open(Path(place) / "said", "w") as said:  # a pipe that nobody reads would fill
-            process = subprocess.Popen(
-                [sys.executable, str(ROOT / "train_gpt.py"), *words, *here], stdout=said, stderr=said
-            )
-        pin(cpus or [], process.pid)
-        load.add(process)
         with ending_with_us():
+            with open(Path(place) / "said", "w") as said:  # a pipe that nobody reads would fill
+                process = subprocess.Popen(
+                    [sys.executable, str(ROOT / "train_gpt.py"), *words, *here], stdout=said, stderr=said
+                )
+            pin(cpus or [], process.pid)
+            load.add(process)
             while process.poll() is None:
                 load.look()
                 time.sleep(1.0)
@@ -303,11 +303,10 @@ def carry_out(plan: Plan, results: Path, pairs: bool, most: int = 0) -> list[dic
 def side_by_side(plan: Plan, part: list[tuple[str, int]], cores: list[int]) -> list[dict]:
     """Two runs at once, each on half of the cores; their share of the processor is that of both while both ran."""
     half, load = len(cores) // 2, Load(len(part))
-    with ThreadPoolExecutor(2) as pool:
-        halves = (cores[:half], cores[half : 2 * half])
+    halves = (cores[:half], cores[half : 2 * half])
+    with ThreadPoolExecutor(2) as pool, ending_with_us():
         jobs = [pool.submit(run_one, plan, *one, mine, load) for one, mine in zip(part, halves, strict=False)]
-        with ending_with_us():
-            return [job.result() for job in jobs]
+        return [job.result() for job in jobs]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -91,11 +92,11 @@ def test_a_plan_may_be_given_as_options(tmp_path, corpus):
 @pytest.mark.parametrize("pairs", [[], ["--pairs"]])
 def test_a_comparison_that_is_asked_to_end_takes_its_runs_with_it(tmp_path, corpus, pairs):
     path = plan_file(tmp_path, corpus, amount=100_000)
-    process = subprocess.Popen([sys.executable, "-m", "golf.ablate", str(path), *pairs], cwd=ROOT)
+    process, found = subprocess.Popen([sys.executable, "-m", "golf.ablate", str(path), *pairs], cwd=ROOT), []
     try:
-        wanted, found = 1 + len(pairs), []
+        wanted = 1 + len(pairs)
         for _ in range(300):
-            found = [p for p in psutil.Process(process.pid).children(recursive=True) if "train_gpt.py" in p.cmdline()]
+            found = [p for p in psutil.Process(process.pid).children() if str(ROOT / "train_gpt.py") in p.cmdline()]
             if len(found) >= wanted and all(p.cpu_times().user > 1 for p in found):
                 break
             time.sleep(0.1)
@@ -104,7 +105,9 @@ def test_a_comparison_that_is_asked_to_end_takes_its_runs_with_it(tmp_path, corp
         assert process.wait(20) == 130
         assert not [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     finally:
-        process.kill()
+        for one in (process, *found):
+            with contextlib.suppress(psutil.Error):
+                one.kill()
     assert not path.with_suffix(".jsonl").exists()
 
 
