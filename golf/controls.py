@@ -115,6 +115,8 @@ def shuffled(looped: Looped, texts: list[Document], unit: str, seed: int = 1) ->
         head = looped.table.encode(text.text[: 16 * length])[:length]
         cut = looped.table.decode(np.array(head)).decode(errors="ignore")
         parts = re.findall({"words": r"\S+\s*", "sentences": r".+?(?:[.!?\n]\s*|$)"}.get(unit, r"(?s).+"), cut)
+        if len(parts) > 1 and not parts[-1][-1].isspace():
+            parts[-1] += " "  # so that it stays apart wherever it goes
         generator.shuffle(parts)
         found.append(replace(text, text="".join(parts) or text.text))
     return found

@@ -71,6 +71,7 @@ class Watchdog:
         if self.world > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self.store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+            self.tell(0, self.step, False, 0.0)  # at once: a rank may die before its first second is over
             self.thread = threading.Thread(target=self.watch, daemon=True)
             self.thread.start()
         return self
@@ -101,16 +102,20 @@ class Watchdog:
             if here != state:
                 state, since = here, time.monotonic()
             count += 1
-            beat = Beat(count, *here, time.monotonic() - since, os.getpid(), socket.gethostname())
             try:
-                self.store.set(f"golf/beat/{self.rank}", json.dumps(beat))
-                lost = self.look(beat)
+                lost = self.look(self.tell(count, *here, time.monotonic() - since))
             except RuntimeError as error:
                 if self.ended.is_set():
                     return
                 lost = {-1: f"the launcher's store does not answer ({str(error).splitlines()[0][:80]})"}
             if lost:
                 self.end(lost)
+
+    def tell(self, count: int, step: int, waits: bool, since: float) -> Beat:
+        """One sign of life, for the others to read."""
+        beat = Beat(count, step, waits, since, os.getpid(), socket.gethostname())
+        self.store.set(f"golf/beat/{self.rank}", json.dumps(beat))
+        return beat
 
     def look(self, mine: Beat) -> dict[int, str]:
         """The ranks that are lost, and how it is known."""

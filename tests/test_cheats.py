@@ -198,7 +198,7 @@ CHEATS = {
     "train_val_overlap": Entry(12, prepare=overlapping, source="honest_bigram"),
     "truncated_validation": Entry(8, prepare=truncated, source="honest_bigram"),
     "mebibytes": Entry(9, prepare=mebibytes, source="honest_bigram"),
-    "over_the_clock": Entry(10, seconds=4.0),
+    "over_the_clock": Entry(10, seconds=1.5),
     "trained_too_long": Entry(10, keys={"train_seconds": 60.4}, source="honest_bigram"),
     "opens_the_network": Entry(11, prepare=friend),
     "reads_outside": Entry(11, prepare=place),
