@@ -163,7 +163,7 @@ def train(
     shape, recipe, run = config.shape, config.recipe, config.run
     torch.manual_seed(run.seed)
     model = RecurrentGPT(shape).initialize(recipe, run.seed).to(machine.device)
-    optimizers = optimizers_for(model, recipe, run.overlap)
+    optimizers = optimizers_for(model, recipe, run.overlap, machine.dtype)
     compile_model(model, machine.compile)
     stream = TokenStream(corpus.shards("train"), shape.vocab_size)
     began = time.perf_counter()

@@ -164,7 +164,8 @@ def set_up(config: Config) -> Machine:
 
 
 def compile_model(model: RecurrentGPT, mode: str) -> None:
-    """Compile in place: each block and the head (`block`, one graph whatever the loops), or the whole (`model`)."""
+    """Compile in place: each block, the norms beside them and the head (`block`, one graph whatever the loops), or the
+    whole (`model`)."""
     if mode == "none":
         return
     torch._dynamo.config.recompile_limit = 64  # one code object serves every block
@@ -173,7 +174,7 @@ def compile_model(model: RecurrentGPT, mode: str) -> None:
         return
     for block in model.blocks:
         block.compile()
-    model.loss_part = torch.compile(part_loss, dynamic=False)
+    model.loss_part, model.normalize = torch.compile(part_loss, dynamic=False), torch.compile(model.normalize)
 
 
 def accumulate(model: RecurrentGPT, micro: list, machine: Machine, loops: int, objective: Objective) -> Tensor:

@@ -63,6 +63,11 @@ class Pondered:
     remainder: Tensor  # (B, T) weight of each token's last pass
 
 
+def normalized(x: Tensor) -> Tensor:
+    """x (..., D) over its root mean square."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
 class RecurrentGPT(nn.Module):
     """Prelude blocks, a core of unique blocks run `loops` times, coda blocks; tied embedding, capped logits.
 
@@ -92,7 +97,7 @@ class RecurrentGPT(nn.Module):
             self.exit_weight = nn.Parameter(torch.empty(1, shape.width))
             self.exit_bias = nn.Parameter(torch.empty(1, shape.loops - 1))
         self.tap: Tap | None = None
-        self.loss_part = part_loss  # compiled or not
+        self.loss_part, self.normalize = part_loss, normalized  # compiled or not
         self.angles: dict[tuple, tuple[Tensor, Tensor]] = {}
         stored = {name: tuple(p.shape) for name, p in self.named_parameters()}
         assert stored == shape.parameters(), "the model's parameters are not those the shape lists"
@@ -165,7 +170,7 @@ class RecurrentGPT(nn.Module):
             if seen is not None and block == shape.prelude + shape.core - 1:
                 seen.append(x)
         x = x if lane is None else (x + lane) / 2
-        return F.rms_norm(x, (shape.width,))
+        return self.normalize(x)
 
     # -- of shapes whose tokens may stop (checks.check_exits) --
 
@@ -190,7 +195,7 @@ class RecurrentGPT(nn.Module):
         shape = self.shape
         for at, (block, row) in enumerate(shape.layers()[len(shape.layers()) - shape.coda :]):
             x = self.layer(x, given, block, row, kept=kept[at] if kept else None)
-        return F.rms_norm(x, (shape.width,))
+        return self.normalize(x)
 
     def nothing_kept(self, x: Tensor) -> list[Kept]:
         """For each block of the core, of states x (B, T, D): every position changes, and nothing is known yet."""
@@ -200,7 +205,7 @@ class RecurrentGPT(nn.Module):
 
     def gate(self, x: Tensor, passed: int) -> Tensor:
         """States x (..., D) after a pass below the last -> (...) logits of stopping, float32 or wider."""
-        read = F.rms_norm(x, (x.size(-1),)).to(torch.promote_types(x.dtype, torch.float32))
+        read = normalized(x).to(torch.promote_types(x.dtype, torch.float32))
         return F.linear(read, self.exit_weight.to(read.dtype))[..., 0] + self.exit_bias[0, passed - 1]
 
     def each(
@@ -253,7 +258,7 @@ class RecurrentGPT(nn.Module):
             self.tap("lookup", tokens, found)
         if shape.smear:
             found = found + self.smeared(tokens, found)
-        return Given(F.rms_norm(found, (shape.width,)), cos, sin, seen)
+        return Given(self.normalize(found), cos, sin, seen)
 
     def layer(
         self, x: Tensor, given: Given, block: int, row: int, lane: Tensor | None = None, kept: Kept | None = None

@@ -138,7 +138,8 @@ class Muon:
 class Optimizers:
     """Muon for matrices, Adam for the embedding and for control vectors: every parameter exactly once."""
 
-    def __init__(self, model: RecurrentGPT, recipe: Recipe):
+    def __init__(self, model: RecurrentGPT, recipe: Recipe, dtype: torch.dtype = torch.float32):
+        """`dtype` is that of the model's products, and of Muon's: bfloat16 as its author and the records have it."""
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {"muon": [], "embed": [], "scalar": []}
         for name, p in model.named_parameters():
             kind = role_of(name).optimizer
@@ -155,8 +156,7 @@ class Optimizers:
             lr=0.0, betas=(recipe.adam_beta1, recipe.adam_beta2), eps=recipe.adam_epsilon, fused=True,
         )  # fmt: skip
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        # bfloat16 products on CUDA as the records do; float32 on a CPU, whose small matrices gain nothing from less.
-        self.ns_dtype = torch.bfloat16 if self.parameters[0].is_cuda else torch.float32
+        self.ns_dtype = dtype
 
     def reduce_gradients(self) -> None:
         """Average gradients over ranks: one flat all-reduce of the unique parameters."""

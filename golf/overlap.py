@@ -32,8 +32,8 @@ class Bank:
 class OverlappedOptimizers(Optimizers):
     """Optimizers for a group of ranks, equal to the plain ones up to the order of sums."""
 
-    def __init__(self, model: RecurrentGPT, recipe: Recipe):
-        super().__init__(model, recipe)
+    def __init__(self, model: RecurrentGPT, recipe: Recipe, dtype: torch.dtype = torch.float32):
+        super().__init__(model, recipe, dtype)
         self.world = dist.get_world_size()
         self.banks = []
         for group in sorted(self.muon.groups, key=lambda g: -g.momentum.numel()):  # the largest first
@@ -88,7 +88,9 @@ class OverlappedOptimizers(Optimizers):
             self.muon.apply(group, whole[: len(group.parameters)], rate, recipe.decay_at(progress))
 
 
-def optimizers_for(model: RecurrentGPT, recipe: Recipe, overlap: bool) -> Optimizers:
-    """The overlapped ones for several ranks, if wanted; else the plain ones."""
+def optimizers_for(
+    model: RecurrentGPT, recipe: Recipe, overlap: bool, dtype: torch.dtype = torch.float32
+) -> Optimizers:
+    """The overlapped ones for several ranks, if wanted; else the plain ones. Muon's products are of `dtype`."""
     several = dist.is_initialized() and dist.get_world_size() > 1
-    return OverlappedOptimizers(model, recipe) if overlap and several else Optimizers(model, recipe)
+    return (OverlappedOptimizers if overlap and several else Optimizers)(model, recipe, dtype)

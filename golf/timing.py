@@ -27,7 +27,8 @@ class Stepper:
     def __init__(self, config: Config):
         self.config, self.machine = config, set_up(config)
         self.model = RecurrentGPT(config.shape).initialize(config.recipe, 1).to(self.machine.device)
-        self.optimizers, self.objective = Optimizers(self.model, config.recipe), Objective(config)
+        self.optimizers = Optimizers(self.model, config.recipe, self.machine.dtype)
+        self.objective = Objective(config)
         self.rows = config.recipe.batch_tokens // config.recipe.sequence_length // self.machine.world
         self.generator = np.random.default_rng(0)
         began = self.machine.now()
