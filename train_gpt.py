@@ -41,7 +41,7 @@ from golf.config import Config, changed
 from golf.data import Corpus, TokenStream, ahead, batches
 from golf.errors import UsageError
 from golf.files import write_bytes
-from golf.machine import Machine, accumulate, compile_model, keep_memory, peak_memory, set_up, warm_up_in_memory
+from golf.machine import Machine, accumulate, compile_model, peak_memory, set_up, warm_up_in_memory
 from golf.model import RecurrentGPT
 from golf.noise import GridNoise
 from golf.objective import Objective, pass_statistics
@@ -59,7 +59,6 @@ PENALTY_TOKENS = 32_768
 
 def load_scorer(folder: Path | str) -> Scorer:
     """Load the artifact in `folder`. Raises UsageError when it is missing or damaged."""
-    keep_memory()
     return Scorer(folder)
 
 

@@ -19,6 +19,7 @@ from golf.errors import UsageError
 from golf.exits import Gate
 from golf.grid import fine_grid
 from golf.halting import SLACK, gate_loss, uniform_biases
+from golf.machine import keep_memory
 from golf.model import RecurrentGPT
 from golf.shape import Shape
 
@@ -40,6 +41,7 @@ class GateOptions:
 def gated(data: bytes) -> tuple[Shape, RecurrentGPT]:
     """The model of an artifact with a gate, its biases at the uniform prior if it had none. Raises UsageError."""
     shape, grids = decode_grids(data)
+    keep_memory()
     check_exits(shape)
     if shape.exit_gate == "act":
         raise UsageError("The model has an ACT gate, which its weights were trained with; give another run.")
@@ -71,8 +73,8 @@ def losses_at_stops(model: RecurrentGPT, tokens: Tensor, targets: Tensor, quanti
         x = model.core_pass(x, given, passed, kept)  # of everyone; only who runs is seen by others
         frozen = torch.where(running[..., None], x, frozen)
         states.append(x)
-        whole, alone = (model.head_losses(model.coda(s, given), targets)[1] for s in (frozen, x))
-        losses.append(torch.where(running, whole, alone))
+        whole, alone = (model.coda(s, given) for s in (frozen, x))
+        losses.append(model.head_losses(torch.where(running[..., None], whole, alone), targets)[1])
         if passed < shape.loops:
             spent = spent + (1 - spent) * torch.sigmoid(model.gate(x, passed))
             running = running & (spent < rule.threshold - SLACK)

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from golf.codec import load_artifact, read_note
 from golf.config import fields_from_dict
 from golf.exits import make_rule, run_exits
+from golf.machine import keep_memory
 from golf.model import RecurrentGPT
 from golf.ngrams import RunCache
 from golf.recipe import Scoring
@@ -23,6 +24,7 @@ PHASE_ROWS = 8  # rows of a step in a phase over text that has been scored
 
 def packed_model(path: Path) -> RecurrentGPT:
     """The model in an artifact, for use alone. Raises UsageError."""
+    keep_memory()
     shape, weights = load_artifact(path)
     model = RecurrentGPT(shape)
     model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})

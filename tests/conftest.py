@@ -50,7 +50,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, library_texts: list[sources
     out = tmp_path_factory.mktemp("corpus")
     source = sources.Source("tiny", lambda: iter(library_texts), {"source": "tiny"}, ["PSF License Version 2"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spool, "VALIDATION_LEAST", 80_000)  # every test that trains scores it several times
+        patch.setattr(spool, "VALIDATION_LEAST", 40_000)  # every test that trains scores it several times
         prepare.prepare(source, out, prepare.Options(vocab_size=512, validation_share=0.01))
     return out
 
