@@ -43,7 +43,7 @@ def read_tensors(path: Path) -> tuple[Shape, dict[str, np.ndarray]]:
         raise UsageError(f"{path} is not a safetensors file of float tensors that numpy knows ({error}).") from error
     try:
         return shape_from_dict(json.loads(about["shape"])), tensors
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} has no model shape in its metadata; write it with `artifact.py unpack`.") from error
 
 

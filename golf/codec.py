@@ -18,6 +18,7 @@ import numpy as np
 from golf.config import changed, shape_from_dict
 from golf.entropy import SCALE_ONE, Reader, put_following, put_static, take_following, take_static
 from golf.errors import UsageError
+from golf.files import LARGE, read_plain
 from golf.grid import CODE_LIMIT, NOTCH, OCTAVE, Grid, as_matrix, step_of
 from golf.rans import CodedDataError, Decoder, Encoder, lane_count
 from golf.reference import put_linked, take_linked
@@ -185,7 +186,7 @@ def read_header(data: bytes) -> tuple[Shape, dict, int, memoryview, memoryview]:
 
 def read_note(path: Path) -> dict:
     """What the artifact says beside its weights. Raises UsageError."""
-    return read_header(path.read_bytes())[1]
+    return read_header(read_plain(path, LARGE))[1]
 
 
 def with_note(data: bytes, note: dict) -> bytes:
@@ -237,7 +238,7 @@ def decode(data: bytes) -> tuple[Shape, dict[str, np.ndarray]]:
 def load_artifact(path: Path) -> tuple[Shape, dict[str, np.ndarray]]:
     """Read an artifact from disk. Raises UsageError."""
     try:
-        return decode(path.read_bytes())
+        return decode(read_plain(path, LARGE))
     except OSError as error:
         raise UsageError(f"Artifact {path} cannot be read ({error.strerror}).") from error
     except UsageError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from golf.errors import UsageError
-from golf.files import write_bytes
+from golf.files import read_plain, write_bytes
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = HEADER_INTS * 4
@@ -62,7 +62,7 @@ class Corpus:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         try:
-            self.manifest = json.loads(path.read_text("utf-8"))
+            self.manifest = json.loads(read_plain(path, links=True))
         except OSError as error:
             raise UsageError(
                 f"{option} {folder}: no {path.name} there ({error.strerror}); run python -m golf.prepare first."
@@ -78,6 +78,8 @@ class Corpus:
             }
             self.tokens = {split: int(self.manifest["splits"][split]["tokens"]) for split in ("train", "val")}
             self.val_bytes = int(self.manifest["splits"]["val"]["counted_bytes"])
+            if wrong := [f for names in self.files.values() for f in names if Path(f).name != f]:
+                raise ValueError(f"plain names of shards ({wrong[0]!r:.60} is none)")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UsageError(f"{option} {folder}: {path.name} lacks {error}; prepare it again.") from error
 

@@ -1,9 +1,52 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and reading those of strangers without waiting or filling the memory."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+SMALL = 1 << 24  # bytes of a file that describes something
+LARGE = 1 << 31  # bytes of an artifact
+LINE = 1 << 26  # bytes of one line
+
+
+def open_plain(path: Path, links: bool = False) -> BinaryIO:
+    """Open a file for reading that is one: no pipe or device, which may never end, and no link unless they are allowed.
+    Raises an OSError that says why not."""
+    refused = getattr(os, "O_NONBLOCK", 0) | (0 if links else getattr(os, "O_NOFOLLOW", 0))
+    try:
+        stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | refused))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a link", str(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return stream
+
+
+def read_plain(path: Path, most: int = SMALL, links: bool = False) -> bytes:
+    """The bytes of a plain file. Raises an OSError that says why not, for one of more than `most` bytes too."""
+    with open_plain(path, links) as stream:
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it holds more than {most:,} bytes", str(path))
+    return data
+
+
+def lines_of(stream: BinaryIO, most: int = LINE) -> Iterator[bytes]:
+    """The lines of a stream. Raises ValueError for one of more than `most` bytes."""
+    number = 1
+    while line := stream.readline(most + 1):
+        if len(line) > most:
+            raise ValueError(f"line {number} has more than {most:,} bytes")
+        yield line
+        number += 1
 
 
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from golf.config import TRACKS
 from golf.console import printable
 from golf.errors import UsageError
+from golf.files import read_plain
 from golf.stats import NATS, P_VALUE, PRACTICE, welch
 
 LINE_LIMIT = 1 << 16  # bytes of a line that are looked at
@@ -192,13 +193,14 @@ class Linter:
         named = [self.folder / "submission.json", *sorted(self.folder.glob("submission*.json"))]
         path = next((p for p in named if plain(p)), named[0])
         try:
-            if path.exists() and not plain(path):
-                raise ValueError("no plain file")
-            self.values = json.loads(path.read_bytes())
+            self.values = json.loads(read_plain(path))
             if not isinstance(self.values, dict):
                 raise ValueError("it is not an object")
-        except OSError:
+        except FileNotFoundError:
             self.say("error", path, 0, "it is missing")
+            return
+        except OSError as error:
+            self.say("error", path, 0, f"it cannot be read ({error.strerror})")
             return
         except (ValueError, RecursionError) as error:
             self.values = {}

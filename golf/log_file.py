@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from golf.errors import UsageError
+from golf.files import SMALL, lines_of, open_plain
 
 try:
     import fcntl
@@ -15,6 +16,7 @@ except ImportError:  # Windows
     fcntl = None
 
 
+LOG_LINE = SMALL  # bytes of a row at most
 NUMBERS = ("loss", "elapsed", "ms", "progress", "loops", "tokens", "limit")  # of a step
 PARTS = ("shape", "recipe", "pack", "scoring", "run")
 
@@ -33,7 +35,7 @@ def lock(file: TextIO) -> bool:
 
 def is_locked(path: Path) -> bool:
     """Whether a process that still lives writes this log."""
-    with open(path, encoding="utf-8") as file:
+    with open_plain(path) as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -46,16 +48,22 @@ def read_log(path: Path) -> list[dict]:
     """The rows of a log as far as they are whole; steps that a resumed run took again stand once, as they stand now.
     Raises UsageError for a file that cannot be read."""
     try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        stream = open_plain(path)
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}).") from error
     rows: list[dict] = []
-    for line in lines:
-        row = parsed(line)
-        if row.get("event") == "resumed":
-            rows = [r for r in rows if not (isinstance(r.get("step"), int) and r["step"] > row.get("step", 0))]
-        if row:
-            rows.append(row)
+    with stream:
+        try:
+            for line in lines_of(stream, LOG_LINE):
+                row = parsed(line)
+                if row.get("event") == "resumed":
+                    rows = [r for r in rows if not (isinstance(r.get("step"), int) and r["step"] > row.get("step", 0))]
+                if row:
+                    rows.append(row)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read ({error}).") from error
     return rows
 
 

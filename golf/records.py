@@ -20,7 +20,7 @@ from golf.bundle import ROOT
 from golf.config import TRACKS, Config, fields_from_dict
 from golf.data import Corpus
 from golf.errors import UsageError
-from golf.files import write_bytes
+from golf.files import read_plain, write_bytes
 from golf.folders import sizes
 from golf.log_file import PARTS, read_log
 from golf.pace import step_flops
@@ -178,7 +178,7 @@ def read(folder: Path) -> Record:
     """The record in a run folder. Raises UsageError."""
     path = folder / "submission.json"
     try:
-        return from_dict(json.loads(path.read_text("utf-8")), str(path))
+        return from_dict(json.loads(read_plain(path)), str(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}); name a run folder.") from error
     except (ValueError, RecursionError) as error:
@@ -188,7 +188,7 @@ def read(folder: Path) -> Record:
 def read_verdict(folder: Path) -> dict | None:
     """The referee's verdict beside a record, if it is one: its checks and whether it holds."""
     try:
-        told = json.loads((folder / "verdict.json").read_text("utf-8"))
+        told = json.loads(read_plain(folder / "verdict.json"))
         fits = isinstance(told["valid"], bool) and all(isinstance(c["status"], str) for c in told["checks"])
         return told if fits and (told["valid"] or isinstance(told["invalid"], str)) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

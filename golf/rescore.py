@@ -12,14 +12,14 @@ from golf.checks import check_scoring
 from golf.codec import read_header, with_note
 from golf.config import changed, fields_from_dict
 from golf.errors import UsageError
-from golf.files import write_bytes
+from golf.files import LARGE, read_plain, write_bytes
 from golf.recipe import Scoring
 
 
 def read_artifact(folder: Path) -> bytes:
     """The artifact of a run folder. Raises UsageError."""
     try:
-        return (folder / "model.bin").read_bytes()
+        return read_plain(folder / "model.bin", LARGE)
     except OSError as error:
         raise UsageError(f"{folder}/model.bin cannot be read ({error.strerror}).") from error
 

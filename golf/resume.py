@@ -215,7 +215,7 @@ def newest(folder: Path) -> tuple[Path, dict]:
                 damaged = f"{path} has schema {told.get('schema') if isinstance(told, dict) else None}, not {SCHEMA}"
                 continue
             return path, told
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             damaged = f"{path} is damaged ({error!r:.100})"
     raise UsageError(f"--run.resume {folder}: {damaged or 'there is no checkpoint, begin with --run.keep-every'}.")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from golf import records
 from golf.config import TRACKS
 from golf.errors import UsageError
-from golf.log_file import is_locked, parsed
+from golf.files import open_plain
+from golf.log_file import LOG_LINE, is_locked, parsed
 from golf.records import Record
 
 TAIL = 1 << 16  # bytes of a log that its end is looked for in
@@ -84,7 +85,7 @@ def end_of(log: Path) -> tuple[str, str]:
     """Status and reason of a run that left no record."""
     if is_locked(log):
         return "running", ""
-    with open(log, "rb") as file:
+    with open_plain(log) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
         lines = file.read().splitlines()
     last = next(filter(None, map(parsed, reversed(lines))), {})
@@ -220,7 +221,8 @@ def kind_of(run: Started) -> tuple:
 
 def first_row(log: Path) -> dict:
     """What a log begins with; nothing where there is none."""
-    if not log.exists():
+    try:
+        with open_plain(log) as file:
+            return parsed(file.readline(LOG_LINE))
+    except OSError:
         return {}
-    with open(log, "rb") as file:
-        return parsed(file.readline())

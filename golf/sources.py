@@ -20,9 +20,9 @@ from pathlib import Path
 import zstandard
 
 from golf.errors import UsageError
+from golf.files import LINE
 
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
-LINE_LIMIT = 1 << 28  # bytes of one JSON line
 BLOCK = 1 << 20  # characters of a text file that make one document at most
 
 
@@ -284,8 +284,10 @@ def read_text(path: Path, stream: io.TextIOBase) -> Iterator[Document]:
 def read_lines(path: Path, stream: io.TextIOBase) -> Iterator[Document]:
     """A JSON object a line, its document under "text", "topic" and "source" where there are any."""
     number = 0
-    while line := stream.readline(LINE_LIMIT):
+    while line := stream.readline(LINE + 1):
         number += 1
+        if len(line) > LINE:
+            raise UsageError(f"{path} line {number} has more than {LINE:,} characters, give shorter documents.")
         if not line.strip():
             continue
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from golf import records
 from golf.config import TRACKS, Track
 from golf.errors import UsageError
+from golf.files import read_plain
 
 PUBLISHED_TOKENIZERS = {  # sha256 of models that are public, so that nothing can hide in them
     "4f5e8adb109c66b4886963bc75a7befd73bda36d27fd7102df8e9e66503b0e2a": "fineweb_1024_bpe",
@@ -17,6 +18,7 @@ PUBLISHED_TOKENIZERS = {  # sha256 of models that are public, so that nothing ca
 }
 KINDS, TRANSFORMS, PRECISIONS = ("sentencepiece", "bytes"), ("none", "case"), ("float32", "bfloat16")
 LONGEST = 1 << 20  # tokens a row
+TOKENIZER_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def tokenizer_bytes(submission: Submission, given: bytes) -> bytes:
         return given
     path = submission.folder / declared.file
     try:
-        own = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        own = read_plain(path, TOKENIZER_BYTES)
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}).") from error
     if hashlib.sha256(own).hexdigest() != declared.sha256:

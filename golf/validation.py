@@ -17,6 +17,7 @@ from golf.bpb import ByteTable, decoded_bytes, documents
 from golf.contender import Invalid
 from golf.data import Corpus
 from golf.errors import UsageError
+from golf.files import lines_of
 from golf.submission import PUBLISHED_TOKENIZERS, Submission, tokenizer_bytes
 from golf.tokenizer_file import excess, lean
 
@@ -101,14 +102,14 @@ def read_documents(path: Path) -> Iterator[str]:
     """Texts of a JSON-lines file, plain or .zst. Raises UsageError for a line that holds none."""
     try:
         with zstandard.open(path, "rb") if path.suffix == ".zst" else open(path, "rb") as stream:
-            for number, line in enumerate(io.BufferedReader(stream), 1):
+            for number, line in enumerate(lines_of(io.BufferedReader(stream)), 1):
                 try:
                     text = json.loads(line)["text"]
                     text.encode()
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     raise UsageError(f"--data {path}: line {number} has no readable text ({error!r:.80}).") from error
                 yield text
-    except (OSError, zstandard.ZstdError) as error:
+    except (OSError, ValueError, zstandard.ZstdError) as error:
         raise UsageError(f"--data {path}: it cannot be read ({error}).") from error
 
 
