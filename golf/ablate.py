@@ -115,7 +115,7 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None, load: L
     with tempfile.TemporaryDirectory(prefix="golf-ablate-") as place:
         words = [*words_of(plan, variant, seed), *budget_flags(plan, variant, config)]
         here = ["--run.runs", place, "--run.name", "run", *([] if plan.judge else ["--run.no-judge"])]
-        began = time.time()
+        began = time.monotonic()
         with ending_with_us():
             with open(Path(place) / "said", "w") as said:  # a pipe that nobody reads would fill
                 process = subprocess.Popen(
@@ -131,7 +131,7 @@ def run_one(plan: Plan, variant: str, seed: int, cpus: list[int] | None, load: L
         row = {
             "variant": variant, "seed": seed, "equal": plan.equal, "amount": plan.amount, "flags": words,
             "judge": plan.judge, "fingerprint": config.fingerprint, "exit": process.returncode,
-            "cpu_share": round(load.share(), 4), "seconds": round(time.time() - began, 1),
+            "cpu_share": round(load.share(), 4), "seconds": round(time.monotonic() - began, 1),
             "step_flops": average_step_flops(config),
         }  # fmt: skip
         if not found:
