@@ -4,9 +4,10 @@
 
 Simulated: the clock alone against step times with outliers, stalls, drifts, periods. Real: runs of a small model under
 `--run.cap`, one after the other, while other processes take the processors for random stretches; their seconds are the
-record's, and those that this process sees pass between the log's lines. Judged: scorers of the same model that get
-slower with every call, against a cap of JUDGED_SECONDS. Exit 1 where anything that stands was later than its cap, or
-where the median run uses less than 97 % of it.
+record's, and those that this process sees pass between the log's lines. Judged under the same load, against a cap of
+JUDGED_SECONDS: scorers that get slower with every call, which must be stopped, and scorers that take about as long as
+is allowed, in turn. Exit 1 where anything that stands was later than its cap, where one that gets slower is not stopped
+within GRACE, or where the median run uses less than 97 % of its cap.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from golf.clock import Clock
 
 LEAST_MEDIAN = 0.97
-JUDGED_SECONDS, GRACE = 4.0, 2.0  # a scorer's cap, and what stopping it may take
+JUDGED_SECONDS, GRACE = 10.0, 2.0  # a scorer's cap, and what stopping it may take
 SEEN = 0.25  # seconds by which what this process sees may be off
 LOAD = (
     "import random, sys, time\nrandom.seed(int(sys.argv[1]))\n"
@@ -44,13 +45,13 @@ SMALL = (
     "--shape.width", "32", "--shape.heads", "2", "--shape.kv-heads", "1", "--recipe.sequence-length", "64",
     "--recipe.batch-tokens", "512", "--run.compile", "none", "--run.no-judge", "--pack.calibration-batches", "4",
 )  # fmt: skip
-SLOWER = (
+SLOW = (
     "import time\nimport numpy as np\n"
-    "class Slower:\n    vocab, calls = {vocab}, 0\n"
+    "class Slow:\n    vocab, calls = {vocab}, 0\n"
     "    def logprobs(self, tokens):\n"
-    "        self.calls += 1\n        time.sleep(0.05 * 1.3 ** self.calls)\n"
+    "        self.calls += 1\n        time.sleep({seconds})\n"
     "        return np.full((*tokens.shape, self.vocab), -np.log(self.vocab), dtype=np.float32)\n"
-    "def load_scorer(folder):\n    return Slower()\n"
+    "def load_scorer(folder):\n    return Slow()\n"
 )
 
 
@@ -75,8 +76,8 @@ def hostile(seed: int) -> Iterator[float]:
             yield base * drift * rng.lognormvariate(0, 0.3)
 
 
-def simulate(seed: int, cap: float = 600.0) -> tuple[float, str]:
-    """Seconds at which the last update that stands ended, and how the run did."""
+def simulate(seed: int, cap: float = 600.0) -> tuple[float, float, str]:
+    """Seconds at which the last update that stands ended, and training did, and how."""
     now, how = [0.0], "before a step"
     clock, last = Clock(cap, now=lambda: now[0]), 0.0
     for seconds in hostile(seed):
@@ -92,7 +93,7 @@ def simulate(seed: int, cap: float = 600.0) -> tuple[float, str]:
             how = "taken back"
             break
         last = clock.elapsed()
-    return last, how
+    return last, clock.elapsed(), how
 
 
 @contextlib.contextmanager
@@ -131,10 +132,15 @@ def train(number: int, cap: float, data: str, place: Path) -> dict:
             "steps": record["steps"], "folder": folder}  # fmt: skip
 
 
-def judge(number: int, folder: Path, data: str) -> tuple[float, str]:
-    """Seconds after which a scorer that gets slower and slower was stopped, and what the verdict says."""
+def judge(number: int, folder: Path, data: str) -> dict:
+    """A scorer that gets slower and slower, or (odd numbers) takes about as long as it may: its seconds, and whether
+    it was called late."""
     import eval_bpb
     from golf.contender import Limits
+    from golf.data import Corpus
+
+    corpus, grows = Corpus(data, "--data"), number % 2 == 0
+    a_token = random.Random(number).uniform(0.3, 1.1) * JUDGED_SECONDS / corpus.tokens["val"]
 
     with tempfile.TemporaryDirectory(prefix="golf-caps-") as place:
         slow = Path(place) / "slow"
@@ -142,11 +148,16 @@ def judge(number: int, folder: Path, data: str) -> tuple[float, str]:
         vocab = json.loads((folder / "submission.json").read_text())["config"]["shape"]["vocab_size"]
         for code in slow.glob("*.py"):
             code.unlink()
-        (slow / "scorer.py").write_text(SLOWER.format(vocab=vocab))
+        seconds = "0.05 * 1.3 ** self.calls" if grows else f"{a_token} * tokens.size"
+        (slow / "scorer.py").write_text(SLOW.format(vocab=vocab, seconds=seconds))
         with loaded(number):
             limits = Limits(JUDGED_SECONDS)
             verdict = eval_bpb.judge(slow, Path(data), limits=limits)
-    return limits.scoring + limits.probing, str(verdict.get("invalid"))
+    late = "was stopped after" in str(verdict.get("invalid"))
+    if not late and not verdict["valid"]:
+        raise SystemExit(f"A scorer without fault was found invalid: {verdict['invalid']}")
+    return {"seconds": limits.scoring, "late": late, "grows": grows,
+            "over": limits.scoring > JUDGED_SECONDS + (GRACE if late else 0) or (grows and not late)}  # fmt: skip
 
 
 def main() -> int:
@@ -169,8 +180,9 @@ def main() -> int:
 
     if asked.simulated:
         ends = [simulate(seed) for seed in range(asked.simulated)]
-        hows = {how: sum(h == how for _, h in ends) for how in ("before a step", "abandoned", "taken back")}
-        note("simulated", [last / 600 for last, _ in ends], sum(last > 600 for last, _ in ends), ends=hows)
+        hows = {how: sum(h == how for *_, h in ends) for how in ("before a step", "abandoned", "taken back")}
+        note("simulated", [last / 600 for last, *_ in ends], sum(last > 600 for last, *_ in ends), ends=hows,
+             ended_most=max(end for _, end, _ in ends) / 600)  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="golf-caps-") as place:
         rows = []
         for number in range(asked.runs):
@@ -187,9 +199,9 @@ def main() -> int:
                  seen_most=max(r["seen"] for r in rows) / asked.cap)  # fmt: skip
         if asked.judged and rows:
             stops = [judge(number, rows[0]["folder"], asked.data) for number in range(asked.judged)]
-            wrong = sum("was stopped after" not in why for _, why in stops)
-            note("judged", [s / JUDGED_SECONDS for s, _ in stops], sum(s > JUDGED_SECONDS + GRACE for s, _ in stops),
-                 not_called_late=wrong, said=stops[0][1])  # fmt: skip
+            note("judged", [s["seconds"] / JUDGED_SECONDS for s in stops], sum(s["over"] for s in stops),
+                 called_late=sum(s["late"] for s in stops), grew=sum(s["grows"] for s in stops),
+                 stood_most=max((s["seconds"] for s in stops if not s["late"]), default=0.0) / JUDGED_SECONDS)  # fmt: skip
     if asked.json:
         print(json.dumps(found))
     low = [k for k in ("simulated", "trained") if k in found and found[k]["median"] < LEAST_MEDIAN]
