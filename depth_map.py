@@ -200,6 +200,9 @@ def frontier(a: FrontierArguments) -> dict:
         found[looped.name] = curves.measure(looped, given, chosen, a.repeats)
     if a.png:
         lines = {}
+        same = [p for points in found.values() for p in points if (p.rule, p.threshold) == ("gate", a.threshold)]
+        if len(same) > 1:  # of runs that differ in what depth cost them
+            lines[f"each run's gate at {a.threshold:g}"] = same
         for run, points in found.items():
             for name in dict.fromkeys(p.rule for p in points[1:]):
                 label = name if len(found) == 1 else f"{name}, {run}"

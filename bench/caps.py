@@ -201,7 +201,7 @@ def main() -> int:
             stops = [judge(number, rows[0]["folder"], asked.data) for number in range(asked.judged)]
             note("judged", [s["seconds"] / JUDGED_SECONDS for s in stops], sum(s["over"] for s in stops),
                  called_late=sum(s["late"] for s in stops), grew=sum(s["grows"] for s in stops),
-                 stood_most=max((s["seconds"] for s in stops if not s["late"]), default=0.0) / JUDGED_SECONDS)  # fmt: skip
+                 stood_most=max([s["seconds"] for s in stops if not s["late"]] or [0.0]) / JUDGED_SECONDS)  # fmt: skip
     if asked.json:
         print(json.dumps(found))
     low = [k for k in ("simulated", "trained") if k in found and found[k]["median"] < LEAST_MEDIAN]

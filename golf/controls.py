@@ -34,6 +34,16 @@ def assigned(looped: Looped, texts: list[Document], tokens: Tokens, depth: np.nd
     return tokens.with_depths(depth.astype(np.int8), np.concatenate(losses))
 
 
+def following(looped: Looped, texts: list[Document], tokens: Tokens, rule: Rule) -> Tokens:
+    """The same tokens under another rule."""
+    depths, losses = [], []
+    for rows in rows_of(looped, texts):
+        depth, loss = stopped(looped, rows, rule)
+        depths.append(depth[rows.inside()])
+        losses.append(loss[rows.inside()])
+    return tokens.with_depths(np.concatenate(depths).astype(np.int8), np.concatenate(losses))
+
+
 def as_histogram(score: np.ndarray, depth: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Depths of the same histogram as `depth`, the deepest where `score` is highest; ties fall by chance."""
     order = np.lexsort((generator.random(score.size), score))
@@ -61,37 +71,52 @@ def lookup_scores(tokens: Tokens, train: np.ndarray) -> np.ndarray:
     return np.where(count[number] >= 5, total[number] / np.maximum(count[number], 1), single)
 
 
-def gates(looped: Looped, texts: list[Document], tokens: Tokens, seed: int = 1) -> dict:
-    """Controls 1 to 4 on the half of the documents that the lookup was not made from: bits a byte under the rule, and
-    under depths of the same histogram given by chance, by chance within each token's identity, by a gate that was never
-    trained, and by a table of tokens; and the share of the rule's gain over chance that the table reaches. Chance is
-    the mean of CHANCES permutations; intervals are over documents."""
+def gates(looped: Looped, texts: list[Document], tokens: Tokens, name: str, seed: int = 1) -> dict:
+    """Controls 1 to 4 on the half of the documents that the lookup was not made from, at the mean depths of SWEEP: bits
+    a byte under the rule, and under depths of the same histogram given by chance, by chance within each token's
+    identity, by a gate that was never trained, and by a table of tokens; and the share of the rule's gain over chance,
+    summed over the frontier's points, that the table reaches. Chance is the mean of CHANCES permutations; intervals are
+    over documents."""
     generator = np.random.default_rng(seed)
     train = tokens.document % 2 == 0
     kept = np.flatnonzero(np.arange(len(texts)) % 2 == 1)
-    half = [texts[n] for n in kept]
-    mine = tokens.where(~train)
-    score = lookup_scores(tokens, train)[~train]
-    by_hand = {f"random {n}": generator.permutation(mine.depth) for n in range(CHANCES)} | {
-        "random within a token": shuffled_within(mine.depth, mine.here, generator),
-        "untrained gate": as_histogram(untrained(looped, half, seed), mine.depth, generator),
-        "token lookup": as_histogram(score, mine.depth, generator),
-    }
-    lost = {"rule": mine.loss} | {name: assigned(looped, half, mine, d).loss for name, d in by_hand.items()}
-    chance = [lost.pop(f"random {n}") for n in range(CHANCES)]
-    lost["random"] = np.mean(chance, axis=0)
+    half, mine = [texts[n] for n in kept], tokens.where(~train)
     number = np.unique(mine.document, return_inverse=True)[1]
-    sums = {name: np.bincount(number, values.astype(np.float64)) / np.log(2) for name, values in lost.items()}
     size = np.bincount(number, mine.bytes)
+    by_nothing = untrained(looped, half, seed)
     drawn = generator.multinomial(size.size, np.full(size.size, 1 / size.size), 1000)
-    gain, table = (sums["random"] - sums[name] for name in ("rule", "token lookup"))
-    one = np.ones((1, size.size))
-    over = lambda w: (w @ gain) / (w @ size)  # noqa: E731
+    one, points = np.ones((1, size.size)), []
+    gain, table = np.zeros(size.size), np.zeros(size.size)
+    over = lambda w, sums: (w @ sums) / (w @ size)  # noqa: E731
+    for q in SWEEP:
+        rule = looped.rule(name, threshold_for(looped, texts[:: max(1, len(texts) // 60)], name,
+                                               1 + q * (looped.loops - 1)))  # fmt: skip
+        whole = following(looped, texts, tokens, rule)
+        there = whole.where(~train)
+        score = lookup_scores(whole, train)[~train]
+        by_hand = {f"random {n}": generator.permutation(there.depth) for n in range(CHANCES)} | {
+            "random within a token": shuffled_within(there.depth, there.here, generator),
+            "untrained gate": as_histogram(by_nothing, there.depth, generator),
+            "token lookup": as_histogram(score, there.depth, generator),
+        }
+        lost = {"rule": there.loss} | {n: assigned(looped, half, mine, d).loss for n, d in by_hand.items()}
+        chance = [lost.pop(f"random {n}") for n in range(CHANCES)]
+        lost["random"] = np.mean(chance, axis=0)
+        sums = {n: np.bincount(number, values.astype(np.float64)) / np.log(2) for n, values in lost.items()}
+        gain += sums["random"] - sums["rule"]
+        table += sums["random"] - sums["token lookup"]
+        points.append({
+            "mean_depth": round(float(there.depth.mean()), 3),
+            "bits_a_byte": {n: float(values.sum() / size.sum()) for n, values in sums.items()},
+            "deviation_of_chance": float(np.std([c.sum() / np.log(2) / size.sum() for c in chance], ddof=1)),
+            "gain_over_random": interval(
+                over(one, sums["random"] - sums["rule"])[0], over(drawn, sums["random"] - sums["rule"])
+            ).row(6),
+        })  # fmt: skip
     share = lambda w: (w @ table) / np.where(w @ gain > 0, w @ gain, np.nan)  # noqa: E731
     return {
-        "bits_a_byte": {name: float(values.sum() / size.sum()) for name, values in sums.items()},
-        "deviation_of_chance": float(np.std([c.sum() / np.log(2) / size.sum() for c in chance], ddof=1)),
-        "gain_over_random": interval(over(one)[0], over(drawn)).row(6),
+        "frontier": points,
+        "gain_over_random": interval(over(one, gain)[0] / len(SWEEP), over(drawn, gain) / len(SWEEP)).row(6),
         "lookup_share": interval(share(one)[0], share(drawn)).row(),
     }
 

@@ -18,7 +18,7 @@ from golf.codec import decode_grids, encode, read_header
 from golf.errors import UsageError
 from golf.exits import Gate
 from golf.grid import fine_grid
-from golf.halting import SLACK, gate_loss, uniform_biases
+from golf.halting import SLACK, gate_loss, prior_biases
 from golf.machine import keep_memory
 from golf.model import RecurrentGPT
 from golf.shape import Shape
@@ -49,7 +49,7 @@ def gated(data: bytes) -> tuple[Shape, RecurrentGPT]:
     model = RecurrentGPT(whole)
     with torch.no_grad():
         model.exit_weight.zero_()
-        model.exit_bias.copy_(torch.tensor(uniform_biases(shape.loops)))
+        model.exit_bias.copy_(torch.tensor(prior_biases(shape.loops)))
         for name, p in model.named_parameters():
             if name in grids:
                 p.copy_(torch.from_numpy(grids[name].weights()).reshape(p.shape))

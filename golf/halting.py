@@ -28,11 +28,6 @@ def exit_logprobs(hazards: Tensor) -> Tensor:
     return torch.cat((stop[:1], stop[1:] + survived[:-1], survived[-1:]))
 
 
-def uniform_biases(loops: int) -> list[float]:
-    """Hazard logits for which every exit of `loops` is equally likely: log(1 / (loops - t)), t = 1 .. loops - 1."""
-    return [-math.log(loops - t) for t in range(1, loops)]
-
-
 def prior_logprobs(loops: int, geometric: float = 0.0) -> Tensor:
     """(R,) log-probabilities of a prior over exits: uniform, or geometric with this hazard, cut at R and normalised.
     Raises ValueError for a hazard outside [0, 1)."""
@@ -42,6 +37,14 @@ def prior_logprobs(loops: int, geometric: float = 0.0) -> Tensor:
         return torch.full((loops,), -math.log(loops))
     steps = torch.arange(loops) * math.log1p(-geometric)
     return steps - steps.logsumexp(dim=0)
+
+
+def prior_biases(loops: int, geometric: float = 0.0) -> list[float]:
+    """Hazard logits, t = 1 .. loops - 1, for which exits have that prior: log of what stops over what goes on, which is
+    -log(loops - t) where exits are equally likely."""
+    prior = prior_logprobs(loops, geometric).double()
+    after = prior.flip(0).logcumsumexp(0).flip(0)  # the log-probability of exit t or later
+    return (prior[:-1] - after[1:]).tolist()
 
 
 def expected_depth(logprobs: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golf.block import Block, Given, Kept, Tap, document_bounds, same_document, takes_bounds
-from golf.halting import ACT_BIAS, EPSILON, SLACK, uniform_biases
+from golf.halting import ACT_BIAS, EPSILON, SLACK, prior_biases
 from golf.loss import capped, capped_cross_entropy, part_loss
 from golf.recipe import Recipe
 from golf.shape import BOS, GATE_CHANNELS, Shape
@@ -118,7 +118,7 @@ class RecurrentGPT(nn.Module):
             elif rule == "mix":
                 value.copy_(torch.tensor([1.0, 0.0])[:, None])
             elif rule == "exits":
-                prior = uniform_biases(self.shape.loops)
+                prior = prior_biases(self.shape.loops, recipe.prior_hazard)
                 value.copy_(torch.tensor(prior if self.shape.exit_gate == "hazard" else [ACT_BIAS] * len(prior)))
                 value += recipe.gate_bias
             elif rule in ("zero", "one", "gain"):

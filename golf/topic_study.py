@@ -37,6 +37,8 @@ class TopicsArguments:
     """Run the eleven controls too, the first four on every model, the rest on the first; some fifteen measurements."""
     agreement: bool = False
     """Ask how far runs agree on a token's depth; needs two or more (and is told whenever there are)."""
+    order: tuple[str, ...] = ()
+    """Topics from the deepest on as they are expected, each against the next; several joined by + count as one."""
     draws: int = 1000
     """Bootstrap draws."""
     json: bool = False
@@ -63,6 +65,7 @@ def topics(a: TopicsArguments) -> dict:
     for model in models:  # refused before any time is spent
         model.rule(a.exit, a.threshold or 0.0)
     study.check_topics(texts)
+    study.check_order({t.topic for t in texts}, a.order)
     runs, rules, found = [], [], []
     for model in models:
         wanted = a.mean_depth or (1 + model.loops) / 2
@@ -74,24 +77,28 @@ def topics(a: TopicsArguments) -> dict:
         found.append({"run": model.name, "threshold": threshold, "mean_depth": float(runs[-1].depth.mean()),
                       "bpb": runs[-1].bits_a_byte})  # fmt: skip
     resampling = study.Resampling(runs[0], len(runs), a.draws, models=same)
-    rows = study.by_topic(runs, resampling)
-    equal = study.adjusted(runs, resampling)
+    rows, names = study.by_topic(runs, resampling), runs[0].topics
+    equal, equal_a_byte = (study.adjusted(runs, resampling, a_byte=a_byte) for a_byte in (False, True))
+    loops, sources = [r["loops"] for r in rows], study.by_source(runs, resampling)
     explained = [study.shares(r) for r in runs]
     mean_share = {name: float(np.mean([e[name] for e in explained])) for name in explained[0]}
     agree = study.agreement(runs, same) if len(set(same)) > 1 else None
     checked = gates = None
     if a.controls:
         first = [same.index(model) for model in sorted(set(same))]  # a run of each model
-        gates = [controls.gates(models[n], texts, runs[n]) for n in first]
+        gates = [controls.gates(models[n], texts, runs[n], a.exit) for n in first]
         checked = {"1-4 gates": gates, **controls.all_of_them(models[0], texts, runs[0], a.exit, rules[0])}
     word, said = study.verdict(gates, mean_share["topic_adds"], agree["tokens"] if agree else None)
     return {
         "rule": a.exit, "loops": models[0].loops, "runs": found, "topics": plain(rows),
-        "adjusted": {n: e.row() for n, e in zip(runs[0].topics, equal, strict=True)},
-        "contrasts": study.contrasts(runs[0].topics, [r["loops"] for r in rows]),
-        "contrasts_adjusted": study.contrasts(runs[0].topics, equal),
-        "sources": plain(study.by_source(runs, resampling)),
-        "contrasts_by_source": study.by_pairs_of_sources(runs, resampling),
+        "adjusted": {n: e.row() for n, e in zip(names, equal, strict=True)},
+        "adjusted_a_byte": {n: e.row() for n, e in zip(names, equal_a_byte, strict=True)},
+        "contrasts": study.contrasts(names, loops), "contrasts_adjusted": study.contrasts(names, equal),
+        "order": study.in_order(names, loops, a.order), "order_adjusted": study.in_order(names, equal, a.order),
+        "sources": plain(sources), "contrasts_by_source": study.by_pairs_of_sources(names, sources),
+        "contrasts_by_source_adjusted": study.by_pairs_of_sources(
+            names, [row | {"loops": row["adjusted"]} for row in sources]
+        ),
         "classes": plain(study.by_class(runs, resampling)),
         "variance_explained": mean_share, "agreement": agree, "controls": checked, "verdict": word, "because": said,
     }  # fmt: skip
@@ -121,24 +128,31 @@ def show_topics(found: dict) -> None:
     def cell(v: dict) -> str:
         return f"{v['mean']:.3f}" + (f" [{v['low']:.3f}, {v['high']:.3f}]" if v["low"] is not None else "")
 
-    print("\n| topic | documents | tokens | loops a token | loops a byte | at equal difficulty and kind | bpb "
-          "| nats that passes gain |\n" + "|---" * 8 + "|")  # fmt: skip
+    print("\n| topic | documents | tokens | loops a token | at equal difficulty and kind | loops a byte "
+          "| at equal difficulty and kind | bpb | nats that passes gain |\n" + "|---" * 9 + "|")  # fmt: skip
     for row in sorted(found["topics"], key=lambda r: -r["loops"]["mean"]):
-        print(f"| {row['topic']} | {row['documents']} | {row['tokens']:,} | {cell(row['loops'])} | "
-              f"{cell(row['loops_a_byte'])} | {cell(found['adjusted'][row['topic']])} | {row['bpb']:.3f} | "
+        equal, equal_a_byte = (found[name][row["topic"]] for name in ("adjusted", "adjusted_a_byte"))
+        print(f"| {row['topic']} | {row['documents']} | {row['tokens']:,} | {cell(row['loops'])} | {cell(equal)} | "
+              f"{cell(row['loops_a_byte'])} | {cell(equal_a_byte)} | {row['bpb']:.3f} | "
               f"{cell(row['gain'])} |")  # fmt: skip
-    for title, name in (("Contrasts, raw", "contrasts"), ("Contrasts, adjusted", "contrasts_adjusted")):
-        print(f"\n{title}:")
+    for title, name in (
+        ("Contrasts, raw", "contrasts"), ("Contrasts, adjusted", "contrasts_adjusted"),
+        ("The order that was expected, raw", "order"), ("The order that was expected, adjusted", "order_adjusted"),
+    ):  # fmt: skip
+        if found[name]:
+            print(f"\n{title}:")
         for row in found[name]:
             print(f"  {row['topics']:<28} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] "
                   f"p {row['p_holm']:.2g} (Holm)")  # fmt: skip
-    print("\nThe same between sources of 20 documents or more:")
-    for row in found["contrasts_by_source"]:
-        each = "; ".join(f"{' - '.join(s or '-' for s in e['sources'])} {e['mean']:+.3f}" for e in row["pairs"])
-        print(f"  {row['topics']:<28} {row['sources']}: {each}")
-    print("\n| source | topic | documents | loops a token |\n|---|---|---|---|")
+    for title, name in (("raw", "contrasts_by_source"), ("adjusted", "contrasts_by_source_adjusted")):
+        print(f"\nBetween sources of 20 documents or more, {title}:")
+        for row in found[name]:
+            each = "; ".join(f"{' - '.join(s or '-' for s in e['sources'])} {e['mean']:+.3f}" for e in row["pairs"])
+            print(f"  {row['topics']:<28} {row['sources']}, p {row['p_holm']:.2g} (Holm): {each}")
+    print("\n| source | topic | documents | loops a token | at equal difficulty and kind |\n" + "|---" * 5 + "|")
     for row in found["sources"]:
-        print(f"| {row['source'] or '-'} | {row['topic']} | {row['documents']} | {cell(row['loops'])} |")
+        print(f"| {row['source'] or '-'} | {row['topic']} | {row['documents']} | {cell(row['loops'])} | "
+              f"{cell(row['adjusted'])} |")  # fmt: skip
     print("\n| kind of token | tokens | loops at it | more than the mean token | loops to predict it "
           "| more than the mean token |\n|---|---|---|---|---|---|")  # fmt: skip
     for row in found["classes"]:

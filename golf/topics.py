@@ -54,6 +54,14 @@ def check_topics(documents: list[Document]) -> None:
             raise UsageError(f"--docs: topic {topic!r:.60} has {count} documents, give {LEAST_DOCUMENTS} or more.")
 
 
+def check_order(names: set[str], order: tuple[str, ...]) -> None:
+    """Raise UsageError for an expected order that names what is no topic, or one place alone."""
+    if missing := sorted({t for place in order for t in place.split("+")} - names):
+        raise UsageError(f"--order: there is no topic {missing[0]!r:.60}, give some of {', '.join(sorted(names))}.")
+    if len(order) == 1:
+        raise UsageError(f"--order {order[0]}: give two places or more.")
+
+
 class Resampling:
     """Weights of documents and runs in each bootstrap draw, the same for all that is estimated from them."""
 
@@ -115,7 +123,7 @@ def by_topic(runs: list[Tokens], resampling: Resampling) -> list[dict]:
 
 
 def by_source(runs: list[Tokens], resampling: Resampling) -> list[dict]:
-    """Mean loops of each source of each topic."""
+    """Mean loops of each source of each topic, raw and for tokens of equal difficulty and kind."""
     rows, first = [], runs[0]
     for number, topic in enumerate(first.topics):
         for place, source in enumerate(first.sources):
@@ -126,22 +134,27 @@ def by_source(runs: list[Tokens], resampling: Resampling) -> list[dict]:
                 documents = len(np.unique(first.document[keep[0]]))
                 rows.append({"topic": topic, "source": source, "documents": documents,
                              "loops": resampling.ratio(depth, tokens)})  # fmt: skip
-    return rows
+    groups = [t.topic.astype(np.int64) * len(first.sources) + t.source for t in runs]
+    equal = adjusted(runs, resampling, groups)
+    return [row | {"adjusted": e} for row, e in zip(rows, equal, strict=True)]
 
 
-def by_pairs_of_sources(runs: list[Tokens], resampling: Resampling) -> list[dict]:
-    """Each contrast of topics once more between every source of the one and every source of the other that has
-    LEAST_DOCUMENTS documents or more, and whether all of them agree, in sign and beyond their intervals. One that was
-    seen in one source a side alone is repeated nowhere."""
-    rows, found = [r for r in by_source(runs, resampling) if r["documents"] >= LEAST_DOCUMENTS], []
-    for a, b in itertools.combinations(runs[0].topics, 2):
-        each = []
-        for one, other in itertools.product(*([r for r in rows if r["topic"] == t] for t in (a, b))):
-            difference = interval(one["loops"].mean - other["loops"].mean, one["loops"].draws - other["loops"].draws)
-            each.append({"sources": [one["source"], other["source"]], **difference.row()})
-        signs = {0 if e["low"] is None or e["low"] <= 0 <= e["high"] else np.sign(e["mean"]) for e in each}
-        told = "one source" if len(each) < 2 else "agree" if len(signs) == 1 and signs != {0} else "differ"
-        found.append({"topics": f"{a} - {b}", "sources": told, "pairs": each})
+def by_pairs_of_sources(topics: tuple[str, ...], rows: list[dict]) -> list[dict]:
+    """Each contrast of topics once more between every source of the one and every source of the other, of those that
+    have LEAST_DOCUMENTS documents or more; rows have topic, source, documents and loops. A contrast's p is the largest
+    of its pairs', then Holm-corrected: sources agree where all pairs have one sign and that p is under 0.05. One that
+    was seen in one source a side alone is repeated nowhere."""
+    rows, found = [r for r in rows if r["documents"] >= LEAST_DOCUMENTS], []
+    for a, b in itertools.combinations(topics, 2):
+        each = [
+            {"sources": [one["source"], other["source"]], **difference(one["loops"], other["loops"])}
+            for one, other in itertools.product(*([r for r in rows if r["topic"] == t] for t in (a, b)))
+        ]
+        found.append({"topics": f"{a} - {b}", "pairs": each, "p": max((e["p"] for e in each), default=1.0)})
+    for row in holm(found):
+        signs = {np.sign(e["mean"]) for e in row["pairs"]}
+        agree = len(signs) == 1 and row["p_holm"] < 0.05
+        row["sources"] = "one source" if len(row["pairs"]) < 2 else "agree" if agree else "differ"
     return found
 
 
@@ -200,22 +213,28 @@ def covariates(tokens: Tokens) -> np.ndarray:
     return np.column_stack(columns).astype(np.float64)
 
 
-def adjusted(runs: list[Tokens], resampling: Resampling) -> list[Interval]:
-    """Each topic's mean loops for tokens of equal difficulty and kind: least squares on topics and covariates.
+def adjusted(
+    runs: list[Tokens], resampling: Resampling, groups: list[np.ndarray] | None = None, a_byte: bool = False
+) -> list[Interval]:  # fmt: skip
+    """Each group's mean loops a token, or a byte, for tokens of equal difficulty and kind: least squares on groups and
+    covariates. Groups are topics, or (N,) numbers in each run, those that occur in order.
 
-    Runs share the coefficients; each draw weighs the documents' normal equations.
+    Runs share the coefficients; each draw weighs the documents' normal equations. Loops a byte are the mean of depth
+    over bytes in which a token weighs its bytes.
     """
-    topics = len(runs[0].topics)
+    groups = [t.topic for t in runs] if groups is None else groups
+    present = np.unique(groups[0])
     squares, products = [], []
-    for tokens in runs:
+    for tokens, group in zip(runs, groups, strict=True):
+        weight = tokens.bytes.astype(np.float64) if a_byte else np.ones(tokens.depth.size)
         x = covariates(tokens)
-        center = x.mean(axis=0)
-        x = np.column_stack([tokens.topic[:, None] == np.arange(topics), x - center])
+        center = weight @ x / weight.sum()
+        x = np.column_stack([group[:, None] == present, x - center])
         order = np.argsort(tokens.document, kind="stable")
         starts = np.searchsorted(tokens.document[order], np.arange(resampling.count + 1))
-        y = tokens.depth.astype(np.float64)
+        y = tokens.depth.astype(np.float64)  # of depth over bytes times bytes, where bytes weigh
         parts = [order[a:b] for a, b in itertools.pairwise(starts)]
-        squares.append(np.stack([x[p].T @ x[p] for p in parts]))
+        squares.append(np.stack([(x[p] * weight[p, None]).T @ x[p] for p in parts]))
         products.append(np.stack([x[p].T @ y[p] for p in parts]))
     width = {s.shape[1] for s in squares}
     if len(width) > 1:
@@ -223,11 +242,11 @@ def adjusted(runs: list[Tokens], resampling: Resampling) -> list[Interval]:
     square, product = np.stack(squares), np.stack(products)  # (runs, documents, P, P), (runs, documents, P)
 
     def solve(weights: np.ndarray) -> np.ndarray:
-        """weights (runs, documents) -> (topics,)."""
+        """weights (runs, documents) -> (groups,)."""
         a = np.tensordot(weights, square, axes=2)
         b = np.tensordot(weights, product, axes=2)
         ridge = 1e-8 * np.trace(a) / len(a)
-        return np.linalg.solve(a + ridge * np.eye(len(a)), b)[:topics]
+        return np.linalg.solve(a + ridge * np.eye(len(a)), b)[: present.size]
 
     whole = solve(np.broadcast_to(resampling.base[:, None], square.shape[:2]))
     draws = np.stack([
@@ -237,23 +256,43 @@ def adjusted(runs: list[Tokens], resampling: Resampling) -> list[Interval]:
     return [interval(mean, column) for mean, column in zip(whole, draws.T, strict=True)]
 
 
-def contrasts(names: tuple[str, ...], estimates: list[Interval]) -> list[dict]:
-    """Differences of all pairs, two-sided p from the draws' spread, Holm-corrected over the pairs."""
+def difference(one: Interval, other: Interval) -> dict:
+    """What one estimate is above another, and two-sided p from the draws' spread."""
     from scipy.stats import norm
 
-    rows = []
-    for a, b in itertools.combinations(range(len(names)), 2):
-        draws = estimates[a].draws - estimates[b].draws
-        found = interval(estimates[a].mean - estimates[b].mean, draws)
-        spread = max(float(draws.std(ddof=1)), 1e-12)
-        rows.append({
-            "topics": f"{names[a]} - {names[b]}", **found.row(), "p": float(2 * norm.sf(abs(found.mean) / spread)),
-        })  # fmt: skip
+    found = interval(one.mean - other.mean, one.draws - other.draws)
+    spread = max(float(np.nanstd(found.draws, ddof=1)), 1e-12)
+    return {**found.row(), "p": float(2 * norm.sf(abs(found.mean) / spread))}
+
+
+def holm(rows: list[dict]) -> list[dict]:
+    """Give each row its p after Holm (1979), over all of them."""
     worst = 0.0
     for place, row in enumerate(sorted(rows, key=lambda r: r["p"])):
         worst = max(worst, min(1.0, row["p"] * (len(rows) - place)))
         row["p_holm"] = worst
     return rows
+
+
+def contrasts(names: tuple[str, ...], estimates: list[Interval]) -> list[dict]:
+    """Differences of all pairs, two-sided p from the draws' spread, Holm-corrected over the pairs."""
+    return holm([
+        {"topics": f"{names[a]} - {names[b]}", **difference(estimates[a], estimates[b])}
+        for a, b in itertools.combinations(range(len(names)), 2)
+    ])  # fmt: skip
+
+
+def in_order(names: tuple[str, ...], estimates: list[Interval], order: tuple[str, ...]) -> list[dict]:
+    """Each place of an expected order against the next, deepest first; a place is a topic or several joined by +, which
+    count alike."""
+
+    def pooled(place: str) -> Interval:
+        mine = [estimates[names.index(t)] for t in place.split("+")]
+        return interval(np.mean([e.mean for e in mine]), np.mean([e.draws for e in mine], axis=0))
+
+    return holm([
+        {"topics": f"{a} - {b}", **difference(pooled(a), pooled(b))} for a, b in itertools.pairwise(order)
+    ])  # fmt: skip
 
 
 # -- what explains depth ---------------------------------------------------------------------------------------
@@ -351,7 +390,7 @@ def verdict(gates: list[dict] | None, topic_adds: float, agreement: float | None
         said.append("The token lookup was not measured (--controls).")
     elif min(g["gain_over_random"]["low"] for g in gates) <= 0:
         failed = True
-        said.append("The rule's gain over random depths of the same histogram is not above 0 beyond what documents "
+        said.append("The rule's gain over random depths of the same histograms is not above 0 beyond what documents "
                     "vary by: fails.")  # fmt: skip
     else:
         share = float(np.mean([g["lookup_share"]["mean"] for g in gates]))

@@ -62,12 +62,14 @@ def test_the_bundle_trains_as_the_checkout_does_bit_for_bit(checkout, corpus, tm
         assert json.loads(again.stdout)["val_bpb"] == pytest.approx(record["val_bpb"], abs=1e-9)
 
 
-def test_the_bundle_overwrites_nothing_and_says_what_is_wrong(checkout, corpus, tmp_path):
-    source = (checkout / "train_gpt.py").read_bytes()
-    there = alone(source, tmp_path / "a", corpus, MODEL_PATH=str(checkout / "model.bin"))
+def test_the_bundle_overwrites_nothing_and_says_what_is_wrong(corpus, tmp_path):
+    source, model = bundle.counted_files(PRESETS["smoke"])["train_gpt.py"], tmp_path / "model.bin"
+    model.write_bytes(b"mine")
+    there = alone(source, tmp_path / "a", corpus, MODEL_PATH=str(model))
     nothing = alone(source, tmp_path / "b", tmp_path / "nowhere")
     for done, said in ((there, "MODEL_PATH"), (nothing, "manifest.json")):
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert model.read_bytes() == b"mine"
 
 
 def test_same_configuration_same_bytes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import re
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import depth_map
+import eval_bpb
 from golf import controls, depth, formulaic, frontier, gate, map_page, topic_study, topics
 from golf.console import run_script
 from golf.errors import UsageError
@@ -208,17 +210,47 @@ def test_a_topic_is_not_credited_with_what_its_tokens_bring():
 def test_a_contrast_is_repeated_between_all_sources():
     tokens = made(10, topic_effect=0.4)
     tokens = replace(tokens, source=(tokens.document % 2).astype(np.int8), sources=("x", "y"))
-    many = [replace(tokens, document=tokens.document)]
-    resampling = topics.Resampling(tokens, 1, 400)
-    assert {r["sources"] for r in topics.by_pairs_of_sources(many, resampling)} == {"one source"}  # ten documents each
+
+    def repeated(tokens: Tokens) -> list[dict]:
+        return topics.by_pairs_of_sources(tokens.topics, topics.by_source([tokens], topics.Resampling(tokens, 1, 400)))
+
+    rows = topics.by_source([tokens], topics.Resampling(tokens, 1, 400))
+    assert [(r["topic"], r["source"], r["documents"]) for r in rows] == [(t, s, 10) for t in "abc" for s in "xy"]
+    for row in rows:
+        mine = (tokens.topic == "abc".index(row["topic"])) & (tokens.source == "xy".index(row["source"]))
+        assert row["loops"].mean == pytest.approx(tokens.depth[mine].mean())
+        assert row["adjusted"].mean == pytest.approx(4.6 + 0.4 * "abc".index(row["topic"]), abs=0.6)
+    assert {r["sources"] for r in repeated(tokens)} == {"one source"}  # ten documents each
     wide = Tokens(*(np.concatenate([v, v + 60 * (n == 0), v + 120 * (n == 0)]) for n, v in enumerate(
         getattr(tokens, f) for f in tokens.__dataclass_fields__ if f not in ("topics", "sources"))),
         topics=tokens.topics, sources=tokens.sources)  # fmt: skip
-    rows = topics.by_pairs_of_sources([wide], topics.Resampling(wide, 1, 400))
+    rows = repeated(wide)
     assert all(r["sources"] == "agree" and len(r["pairs"]) == 4 for r in rows)
     one_sided = replace(wide, depth=np.where(wide.source == 0, wide.depth, 4 + 0.3 * (wide.here % 3)))
-    rows = topics.by_pairs_of_sources([one_sided], topics.Resampling(wide, 1, 400))
-    assert "differ" in {r["sources"] for r in rows}
+    assert "differ" in {r["sources"] for r in repeated(one_sided)}
+
+
+def test_an_expected_order_is_asked_place_by_place():
+    tokens = made(11, topic_effect=0.5)
+    loops = [row["loops"] for row in topics.by_topic([tokens], topics.Resampling(tokens, 1, 400))]
+    (right,) = topics.in_order(tokens.topics, loops, ("c", "a+b"))
+    assert right["mean"] == pytest.approx(0.75, abs=0.1) and right["low"] > 0 and right["p_holm"] < 0.01
+    (wrong,) = topics.in_order(tokens.topics, loops, ("a", "c"))
+    assert wrong["high"] < 0 and topics.in_order(tokens.topics, loops, ()) == []
+    for order, words in ((("d", "a"), "no topic 'd'"), (("a",), "two places")):
+        with pytest.raises(UsageError, match=words):
+            topics.check_order(set(tokens.topics), order)
+
+
+def test_loops_a_byte_are_adjusted_with_bytes_as_weights():
+    """Without covariates that matter it is depth over bytes; where bytes are all alike, a share of loops a token."""
+    tokens = made(12, topic_effect=0.5)
+    resampling = topics.Resampling(tokens, 1, 50)
+    a_token, a_byte = (topics.adjusted([tokens], resampling, a_byte=a) for a in (False, True))
+    for one, two in zip(a_token, a_byte, strict=True):
+        assert two.mean == pytest.approx(one.mean / 2, rel=1e-6) and two.low == pytest.approx(one.low / 2, rel=1e-6)
+    longer = replace(tokens, bytes=np.where(tokens.topic == 1, 4, 2))
+    assert topics.adjusted([longer], resampling, a_byte=True)[1].mean == pytest.approx(a_byte[1].mean / 2, rel=0.05)
 
 
 def test_near_copies_and_tables_of_figures_are_told_apart():
@@ -266,8 +298,12 @@ def test_all_controls_run(measured, texts):
     looped, tokens = measured
     found = controls.all_of_them(looped, texts, tokens, "difference", looped.rule("difference", 0.3))
     assert len(found) == 8 and found["5 shuffled"]["nothing"].keys() == found["5 shuffled"]["words"].keys()
-    gates = controls.gates(looped, texts, tokens)
-    assert gates["bits_a_byte"]["rule"] > 0 and gates["deviation_of_chance"] >= 0
+    gates = controls.gates(looped, texts, tokens, "difference")
+    depths = [point["mean_depth"] for point in gates["frontier"]]
+    assert depths == sorted(depths) and len(depths) == len(controls.SWEEP)
+    assert all(p["bits_a_byte"]["rule"] > 0 and p["deviation_of_chance"] >= 0 for p in gates["frontier"])
+    again = controls.following(looped, texts, tokens, looped.rule("difference", 0.3))
+    assert np.array_equal(again.depth, tokens.depth) and np.allclose(again.loss, tokens.loss)
     assert gates["gain_over_random"]["low"] <= gates["gain_over_random"]["mean"] <= gates["gain_over_random"]["high"]
     whole = controls.shuffled(looped, texts[:3], "nothing")
     assert all(t.text.startswith(w.text) or w.text == t.text for t, w in zip(texts, whole, strict=False))
@@ -377,6 +413,68 @@ def test_a_page_escapes_everything(looped_run, tmp_path):
     assert "<b>" not in shown and "<i>" not in shown and "&lt;/h2&gt;" in shown
 
 
+def test_a_map_draws_documents_and_standard_input_and_topics(looped_run, texts, tmp_path, monkeypatch, capsys):
+    docs, page = tmp_path / "docs.jsonl", tmp_path / "page.html"
+    docs.write_text("".join(json.dumps({"topic": t.topic, "text": t.text}) + "\n" for t in texts))
+
+    def drawn(*words: object) -> dict:
+        command = ["depth_map.py", "map", looped_run, *words, "--output", page, "--json"]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        assert run_script(depth_map.main) == 0
+        return json.loads(capsys.readouterr().out)
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A word from a pipe.")))
+    (one,) = drawn("--text", "-", "--exit", "fixed", "--threshold", 2, "--png", tmp_path / "a.png")["documents"]
+    assert "".join(t["text"] for t in one["tokens"]) == "A word from a pipe."
+    assert {t["loops"] for t in one["tokens"]} == {2}
+    many = drawn("--text", docs, "--docs", docs, "--exit", "difference", "--png", tmp_path / "b.png", "--before")
+    assert len(many["documents"]) > 1 and 1 < many["mean_depth"] < 3
+    assert "Loops a token by topic" in page.read_text() and (tmp_path / "b.png").stat().st_size > 1000
+
+
+# == the whole study ===============================================================================================
+
+
+def study_of(words: list[object], monkeypatch, capsys) -> str:
+    monkeypatch.setattr(sys, "argv", ["depth_map.py", "topics", *map(str, words)])
+    assert run_script(depth_map.main) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("checked", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_study_from_folders_to_a_verdict(looped_run, texts, measured, tmp_path, monkeypatch, capsys, checked):
+    docs, out = tmp_path / "docs.jsonl", tmp_path / "study.json"
+    docs.write_text("".join(
+        json.dumps({"topic": t.topic, "text": t.text, "source": t.source}) + "\n" for t in texts
+    ))  # fmt: skip
+    words = [looped_run, "--docs", docs, "--exit", "difference", "--threshold", 0.3, "--draws", 50, "--order", "code",
+             "prose", "--output", out, *(["--controls"] if checked else [])]  # fmt: skip
+    found = json.loads(study_of([*words, "--json"], monkeypatch, capsys))
+    assert found == json.loads(out.read_text())
+    tokens = measured[1]
+    for row in found["topics"]:
+        mine = tokens.topic == tokens.topics.index(row["topic"])
+        assert row["documents"] == 20 and row["tokens"] == mine.sum()
+        assert row["loops"]["mean"] == pytest.approx(tokens.depth[mine].mean(), abs=1e-3)
+        a_byte = tokens.depth[mine].sum() / tokens.bytes[mine].sum()
+        assert row["loops_a_byte"]["mean"] == pytest.approx(a_byte, abs=1e-3)
+        for name in ("adjusted", "adjusted_a_byte"):
+            assert found[name][row["topic"]]["low"] <= found[name][row["topic"]]["high"]
+    assert found["order"] == found["contrasts"] and len(found["sources"]) == 2
+    digits = next(row for row in found["classes"] if row["class"] == "digit")
+    mine = tokens.kind_here == CLASSES.index("digit")
+    assert digits["at"]["mean"] == pytest.approx(tokens.depth[mine].mean(), abs=1e-3)
+    assert found["verdict"] == "negative" or (found["verdict"] == "undecided" and found["agreement"] is None)
+    if checked:
+        assert set(found["controls"]) >= {"1-4 gates", "5 shuffled", "10 known difficulty", "11 clamped to one pass"}
+        assert len(found["controls"]["1-4 gates"][0]["frontier"]) == len(controls.SWEEP)
+        return
+    text = study_of(words, monkeypatch, capsys)
+    assert f"verdict: {found['verdict']}" in text and "The order that was expected, adjusted:" in text
+    for title in ("loops a byte", "kind of token", "library", "Share of depth's variance"):
+        assert title in text, title
+
+
 # == bad input =====================================================================================================
 
 
@@ -392,6 +490,7 @@ def test_a_page_escapes_everything(looped_run, tmp_path):
     (("map", "RUN", "--text", "DOCS", "--exit", "gate"), "has no gate"),
     (("gate", "RUN", "RUN"), "exists already"),
     (("frontier", "RUN", "--data", "CORPUS", "--threshold", "0.5"), "has no gate"),
+    (("map", "RUN", "--text", "DOCS", "--docs", "DOCS"), "has 5 documents, give 20 or more"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_sentence(words, said, looped_run, corpus, tmp_path, monkeypatch, capsys):
     docs, bad, empty = tmp_path / "docs.jsonl", tmp_path / "bad.jsonl", tmp_path / "empty.txt"
@@ -405,13 +504,28 @@ def test_mistakes_end_in_one_sentence(words, said, looped_run, corpus, tmp_path,
     assert said in told and told.count("\n") == 1, told
 
 
-def test_a_model_without_repeats_is_refused_and_a_file_of_surrogates(tmp_path, looped_run):
+def test_a_model_without_repeats_is_refused_and_a_file_of_surrogates(tmp_path, looped_run, monkeypatch, capsys):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"topic": "a", "text": "\\ud800"}\n')
     with pytest.raises(UsageError, match="line 1"):
         read_topics(path)
-    done = run("eval_bpb.py", looped_run, "--exit", "gat", "--threshold", 1)
-    assert done.returncode == 2 and "give one of fixed" in done.stderr
+    for words, said in (
+        (("--exit", "gat", "--threshold", 1), "give one of fixed"), (("--threshold", 1), "name a rule"),
+        (("--exit", "gate", "--threshold", 0.5), "has no gate"),
+        (("--exit", "margin", "--threshold", 2), "margin takes 0 to 1"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["eval_bpb.py", str(looped_run), *map(str, words)])
+        assert run_script(eval_bpb.main) == 2
+        told = capsys.readouterr().err
+        assert said in told and told.count("\n") == 1, told
+
+
+def test_what_does_not_tokenise_is_named(measured):
+    looped, _ = measured
+    with pytest.raises(UsageError, match=r"Document 1 \(odd\) does not tokenise"):
+        list(depth.rows_of(looped, [Document("words", "odd")], lambda text: [looped.table.unknown]))
+    with pytest.raises(UsageError, match="Document 2"):
+        list(depth.rows_of(looped, [Document("words", "a"), Document("", "b")]))
 
 
 def test_a_topic_that_lies_on_one_side_only_is_named(tmp_path):

@@ -44,6 +44,8 @@ def test_gates_start_at_their_prior_or_go_on():
     model = fresh("hazard")
     hazards = torch.stack([model.gate(x, t) for t, x in enumerate(model.each(tokens)[0][:-1], 1)])
     torch.testing.assert_close(halting.exit_logprobs(hazards).exp(), torch.full((LOOPS, 3, 40), 0.25))
+    geometric = torch.tensor(fresh("hazard", prior_hazard=0.3).exit_bias[0].tolist())[:, None]
+    torch.testing.assert_close(halting.exit_logprobs(geometric)[:, 0], halting.prior_logprobs(LOOPS, 0.3))
     act = fresh("act")
     torch.testing.assert_close(torch.sigmoid(act.exit_bias), torch.full((1, 3), 0.04743), rtol=1e-3, atol=0)
     assert (act.pondered(tokens).passes == LOOPS).all()

@@ -34,7 +34,7 @@ def test_exits_sum_to_one_and_follow_the_product_of_survivals(seed, loops):
 
 @pytest.mark.parametrize("loops", [2, 3, 4, 8])
 def test_a_gate_that_starts_at_its_biases_is_exactly_uniform(loops):
-    hazards = torch.tensor(halting.uniform_biases(loops))[:, None].expand(-1, 6)
+    hazards = torch.tensor(halting.prior_biases(loops))[:, None].expand(-1, 6)
     logprobs = halting.exit_logprobs(hazards)
     torch.testing.assert_close(logprobs.exp(), torch.full((loops, 6), 1 / loops))
     torch.testing.assert_close(halting.expected_depth(logprobs), torch.full((6,), (loops + 1) / 2))
@@ -136,7 +136,7 @@ def test_all_of_it_agrees_with_a_checked_reference(yardstick):
     hazards, losses = hazards_of(7), torch.rand(LOOPS, 3, 5)
     logprobs = halting.exit_logprobs(hazards)
     torch.testing.assert_close(logprobs, reference.exit_dist(hazards))
-    assert halting.uniform_biases(LOOPS) == pytest.approx(reference.uniform_bias(LOOPS))
+    assert halting.prior_biases(LOOPS) == pytest.approx(reference.uniform_bias(LOOPS))
     apart = halting.divergence(logprobs, halting.prior_logprobs(LOOPS)).mean()
     ours = halting.expected_loss(losses, logprobs).mean() + 0.1 * apart
     torch.testing.assert_close(ours, reference.stage1(losses, logprobs, 0.1))
@@ -146,4 +146,4 @@ def test_all_of_it_agrees_with_a_checked_reference(yardstick):
         assert torch.equal(halting.quantile_exit(logprobs, q), reference.q_exit(logprobs, q))
     for ours, theirs in zip(halting.act(losses), reference.act(losses), strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert math.isclose(halting.uniform_biases(2)[0], 0.0)
+    assert math.isclose(halting.prior_biases(2)[0], 0.0)

@@ -44,6 +44,7 @@ def trained(corpus, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess
     return only(runs), done
 
 
+@pytest.mark.slow
 def test_a_run_without_a_score_is_judged_later(trained, corpus, tmp_path):
     folder = tmp_path / "later"
     shutil.copytree(trained[0], folder)
@@ -227,6 +228,7 @@ def test_two_ranks_stop_together_at_the_cap_and_rank_zero_finishes(corpus, tmp_p
     assert record["status"] == "complete" and 2.5 < record["train_seconds"] <= 4.0 and record["val_bpb"] > 0
 
 
+@pytest.mark.slow
 def test_two_ranks_crash_together_and_rank_zero_writes_the_record(corpus, tmp_path):
     flags = ["--run.max-steps", 50, "--recipe.embed-rate", "1e25", "--recipe.clip-norm", 0, "--run.data", corpus]
     done = launch(2, "smoke", *TINY, *flags, "--run.runs", tmp_path)
