@@ -26,13 +26,15 @@ from golf.errors import UsageError
 from golf.plan import read_plan
 from golf.sources import read_file
 from golf.texts import read_topics
+from golf.tokenizer_file import lean
+from golf.validation import read_documents
 
 PLACE = Path(tempfile.mkdtemp(prefix="golf-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
 
 
 def file_of(data: bytes, name: str) -> Path:
-    """The bytes as a file, alone in an empty folder."""
-    folder = PLACE / "one"
+    """The bytes as a file, alone in an empty folder of its name."""
+    folder = PLACE / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / name).write_bytes(data)
@@ -89,26 +91,28 @@ def contest_log(data: bytes) -> None:
 
 
 def documents(data: bytes) -> None:
-    """Documents as JSON lines, plain and with topics."""
-    path = file_of(data, "docs.jsonl")
-    assert all(isinstance(d.text, str) for d in read_file(path))
-    read_topics(path)
+    """Documents as JSON lines: plain, with topics, and as the referee reads them; compressed or not."""
+    plain, packed, zipped = (file_of(data, f"docs.jsonl{suffix}") for suffix in ("", ".zst", ".gz"))
+    reads = [(read_file, packed), (read_documents, packed), (read_file, zipped), (read_topics, plain),
+             (read_documents, plain), (read_file, plain)]  # fmt: skip
+    refused = [in_a_sentence(lambda read=read, path=path: list(read(path))) for read, path in reads]
+    if refused[-1]:
+        raise refused[-1]
 
 
 def tokenizer(data: bytes) -> None:
-    """A SentencePiece model."""
+    """A SentencePiece model, whole and without what a referee takes out."""
     table = ByteTable(data)
     table.decode(table.encode("a b"))
+    lean(data)
 
 
 def plan(data: bytes) -> None:
     """Plans of comparisons and searches."""
     path = file_of(data, "plan.toml")
-    for read in (read_plan, search.read):
-        try:
-            read(path)
-        except UsageError:
-            continue
+    refused = [in_a_sentence(lambda read=read: read(path)) for read in (search.read, read_plan)]
+    if all(refused):
+        raise refused[-1]
 
 
 def proof(data: bytes) -> None:
@@ -131,11 +135,16 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 }  # fmt: skip
 
 
-def held(target: Callable[[bytes], None], data: bytes) -> bool:
-    """Run a target: whether it took the bytes; False when it refused them in one sentence."""
+def in_a_sentence(work: Callable[[], object]) -> UsageError | None:
+    """Run something: its refusal, if it makes one, which must be a sentence."""
     try:
-        target(data)
+        work()
     except UsageError as error:
         assert "\n" not in str(error).strip() and len(str(error)) < 2000, f"no single sentence: {str(error)[:300]!r}"
-        return False
-    return True
+        return error
+    return None
+
+
+def held(target: Callable[[bytes], None], data: bytes) -> bool:
+    """Run a target: whether it took the bytes; False when it refused them in one sentence."""
+    return in_a_sentence(lambda: target(data)) is None

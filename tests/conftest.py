@@ -44,15 +44,19 @@ def library_texts() -> list[sources.Document]:
     return list(itertools.islice(sources.builtin().read(), 300))
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory, library_texts: list[sources.Document]) -> Path:
-    """A small prepared corpus of standard-library text with a vocabulary of 512."""
-    out = tmp_path_factory.mktemp("corpus")
-    source = sources.Source("tiny", lambda: iter(library_texts), {"source": "tiny"}, ["PSF License Version 2"])
+def small_corpus(out: Path, texts: list[sources.Document], validation_bytes: int) -> Path:
+    """A prepared corpus of a vocabulary of 512, with so much validation text."""
+    source = sources.Source("tiny", lambda: iter(texts), {"source": "tiny"}, ["PSF License Version 2"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spool, "VALIDATION_LEAST", 40_000)  # every test that trains scores it several times
+        patch.setattr(spool, "VALIDATION_LEAST", validation_bytes)  # every test that trains scores it several times
         prepare.prepare(source, out, prepare.Options(vocab_size=512, validation_share=0.01))
     return out
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, library_texts: list[sources.Document]) -> Path:
+    """A small prepared corpus of standard-library text."""
+    return small_corpus(tmp_path_factory.mktemp("corpus"), library_texts, 40_000)
 
 
 @pytest.fixture(scope="session")

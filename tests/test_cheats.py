@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, run
+from conftest import TINY, run, small_corpus
 
 import eval_bpb
 from golf.contender import Limits
@@ -26,6 +26,12 @@ from golf.prepare import train_tokenizer
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 512
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, library_texts) -> Path:
+    """Validation text of a dozen documents, so that one of them can be stolen and the score still moves."""
+    return small_corpus(tmp_path_factory.mktemp("corpus"), library_texts, 80_000)
 
 
 @dataclass(frozen=True)
