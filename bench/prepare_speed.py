@@ -2,7 +2,8 @@
 
     python bench/prepare_speed.py [--megabytes N] [--json]
 
-The input repeats the standard library's text with a number in each document, so that no two are equal.
+The input repeats the standard library's text with a number in each document, so that no two are equal. Exit 1 where the
+peak is over 1 GB.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from golf import sources
 
+MOST = 1_000_000_000  # bytes of memory, whatever the size of the text
+
 
 def write_input(path: Path, megabytes: int) -> int:
     """JSON lines of at least so many megabytes of text; returns the bytes of text."""
@@ -37,7 +40,7 @@ def write_input(path: Path, megabytes: int) -> int:
     return total
 
 
-def main() -> None:
+def main() -> int:
     megabytes = int(sys.argv[sys.argv.index("--megabytes") + 1]) if "--megabytes" in sys.argv else 100
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "input.jsonl"
@@ -53,7 +56,8 @@ def main() -> None:
         "megabytes_per_second": round(size / 1e6 / (seconds - training), 2), "peak_memory": peak,
     }  # fmt: skip
     print(json.dumps(result) if "--json" in sys.argv else "\n".join(f"{k}: {v:,}" for k, v in result.items()))
+    return 0 if peak <= MOST else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -57,7 +57,7 @@ class Referee:
         vocab, context = contender.vocab, submission.context
         self.slots = max(1, (BUFFER_BYTES // (4 * vocab) if self.full else SCORED_TOKENS) // context)
         self.ledger = Ledger(self.tokens.size)
-        self.documents = np.cumsum(self.tokens == validation.tokenizer.bos, dtype=np.int32)
+        self.openings = np.flatnonzero(self.tokens == validation.tokenizer.bos)
         self.committed = 0  # tokens before which every target's score stands
         self.waiting: list[Row] = []  # rows that are asked for, from the first that is not committed on
         self.flip_nats: list[float] = []
@@ -299,7 +299,8 @@ class Referee:
         contender, part = contender or self.contender, slice(rows[0].new.start, rows[-1].new.stop)
         contender.share = 0.0
         tokens = self.tokens[part] if instead is None else instead
-        contender.adapt(tokens.astype(np.int64), self.documents[part].astype(np.int64))
+        documents = np.searchsorted(self.openings, np.arange(part.start, part.stop), side="right")
+        contender.adapt(tokens.astype(np.int64), documents.astype(np.int64))
 
     def finish(self) -> None:
         """Notes, and the one fault that shows only over all rows: worse scores wherever the rest was hidden."""

@@ -64,6 +64,8 @@ class KeptScores:
         ledger.scores[1 : 1 + count] = scores
         ledger.count, ledger.nats = count, self.state["nats"]
         ledger.digest.update(scores.tobytes())
+        if ledger.digest.hexdigest() != self.state["ledger"]:
+            raise UsageError(f"--keep {self.path}: its scores were changed or are damaged, delete it to begin anew.")
         referee.committed = self.state["committed"]
         limits.scoring += self.state["scoring"]
         limits.probing += self.state["probing"]
@@ -90,7 +92,7 @@ class KeptScores:
             "nats": referee.ledger.nats, "committed": referee.committed, "scoring": limits.scoring,
             "probing": limits.probing, "checks": checks, "flip_nats": referee.flip_nats, "compared": referee.compared,
             "identical": referee.identical, "distributions": referee.distributions, "worst": referee.worst,
-            "interruptions": times,
+            "interruptions": times, "ledger": referee.ledger.digest.hexdigest(),
         }  # fmt: skip
         write_bytes(self.path, json.dumps(self.state, default=lambda number: number.item()).encode())
         self.stretches = stretches

@@ -174,6 +174,46 @@ def test_packed_by_another_numpy(alone, tmp_path):
         packed.append(target.read_bytes())
     assert run("-c", "import numpy; print(numpy.__version__)", PYTHONPATH=str(other)).stdout == "2.0.2\n"
     assert packed[0] == packed[1]
+    ours, theirs = (run("-c", BUNDLES, PYTHONPATH=f"{place}{ROOT}") for place in ("", f"{other}{os.pathsep}"))
+    assert ours.returncode == 0 and ours.stdout == theirs.stdout, theirs.stderr
+
+
+def another_python() -> str:
+    """A Python of another version on this machine, 3.12 or newer; nothing where there is none."""
+    named = [shutil.which(f"python3.{minor}") for minor in (12, 13, 14)]
+    for path in [*filter(None, named), *map(str, sorted(Path.home().glob(".pyenv/versions/3.1[2-9]*/bin/python")))]:
+        told = subprocess.run([path, "-c", "import sys, venv; print(sys.version_info[:2] >= (3, 12))"],
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        if told.stdout == "True\n" and Path(path).resolve() != Path(sys.executable).resolve():
+            return path
+    return ""
+
+
+def test_packed_by_another_python(alone, tmp_path):
+    """Numbers and bytes do not come from the language: another Python with the same packages packs the same."""
+    other, pins = another_python(), (ROOT / "requirements.txt").read_text().splitlines()
+    if not other:
+        pytest.skip("there is no Python 3.12 or newer beside this one")
+    wanted = [p for p in pins if p.split("==")[0] in ("numpy", "scipy", "safetensors", "tyro", "zstandard", "psutil",
+                                                      "sentencepiece", "python-minifier")]  # fmt: skip
+    there = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([other, "-m", "venv", str(tmp_path / "venv")], check=True, capture_output=True)
+    pip = [str(there), "-m", "pip", "install", "--quiet", *wanted]
+    if subprocess.run(pip, capture_output=True, check=False).returncode:
+        pytest.skip("its packages cannot be had here")
+    packed, bundles = [], []
+    for python in (sys.executable, str(there)):
+        target = tmp_path / f"{len(packed)}.bin"
+        words = ["artifact.py", "pack", alone / "checkpoint.safetensors", target, "--hessians",
+                 alone / "hessians.safetensors", "--target-bytes", 30_000]  # fmt: skip
+        for command in (words, ["-c", BUNDLES]):
+            done = subprocess.run([python, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False,
+                                  env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+            assert done.returncode == 0, done.stderr
+        packed.append(target.read_bytes())
+        bundles.append(done.stdout.split("\n", 1))
+    assert packed[0] == packed[1]
+    assert bundles[0][0] != bundles[1][0] and bundles[0][1] == bundles[1][1]
 
 
 BUNDLES = """

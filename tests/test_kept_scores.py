@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 
 import eval_bpb
+from golf.contender import Contender, Limits
 from golf.errors import UsageError
 from golf.kept_scores import KeptScores
 from tests.conftest import ROOT, run
 from tests.test_referee import submission
 
-# Counts what it is asked for in the one place where it may write, and takes its time; knows what it has adapted to.
+# Takes its time; knows what it has adapted to.
 SLOW = '''
     import time
     import numpy as np
@@ -76,15 +78,44 @@ def test_a_killed_scoring_goes_on_and_comes_to_the_same(tmp_path, corpus, adapts
     assert 0 < state["count"] < whole["val_tokens"]
     with open(kept.with_name(kept.name + ".f32"), "ab") as file:
         file.write(b"\x00" * 7)  # what was appended and never said to stand
-    done = run(*command(folder, corpus, kept))
-    assert done.returncode == 0, done.stdout + done.stderr
-    verdict = json.loads(done.stdout)
+    asked = []
+
+    def spied(contender: Contender, tokens: np.ndarray) -> np.ndarray:
+        asked.append(tokens.size)
+        return plain(contender, tokens)
+
+    plain = Contender.logprobs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Contender, "logprobs", spied)
+        limits = Limits(math.inf, probe_seconds=math.inf)
+        verdict = eval_bpb.judge(folder, corpus, limits=limits, keep=(kept, 800))
+        after, asked[:] = sum(asked), []
+        eval_bpb.judge(folder, corpus)
+    assert after <= sum(asked) - state["count"]  # what stands is not asked for again, probes of it neither
     assert verdict["valid"] and verdict["val_tokens"] == whole["val_tokens"]
     assert verdict["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-7)
     evidence = {c["number"]: c["evidence"] for c in verdict["checks"]}
     assert "interrupted 1 times" in evidence[6] and "lifted" in evidence[10]
-    assert verdict["eval_seconds"] > state["scoring"] and not kept.exists()
+    assert verdict["eval_seconds"] > state["scoring"]
     assert next(c["status"] for c in verdict["checks"] if c["number"] == 10) != "failed"
+
+
+@pytest.mark.slow
+def test_kept_scores_that_were_tampered_with_are_not_what_the_judge_finds(tmp_path, corpus):
+    """Better scores written into the kept file make another ledger than the state beside it says."""
+    folder, kept = folder_of(tmp_path, corpus, False), tmp_path / "kept.json"
+    words = [sys.executable, *map(str, command(folder, corpus, kept))]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)  # fmt: skip
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (kept.exists() and json.loads(kept.read_text())["stretches"] >= 2):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    scores = np.fromfile(tmp_path / "kept.json.f32", dtype="<f4")
+    (scores * np.float32(0.5)).tofile(tmp_path / "kept.json.f32")
+    done = run(*command(folder, corpus, kept))
+    assert done.returncode == 2 and "damaged" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_scores_of_another_submission_or_damaged_ones_are_refused(tmp_path):

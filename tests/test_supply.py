@@ -29,3 +29,10 @@ def test_every_pin_but_torch_has_a_hash_of_its_version():
     assert {package: hashed.get(package) for package in direct} == direct
     lines = (ROOT / "requirements-hashed.txt").read_text("utf-8").splitlines()
     assert all(re.search(r" --hash=sha256:[0-9a-f]{64}$", line) for line in lines if not line.startswith("#"))
+
+
+def test_the_page_names_what_they_need_in_turn_with_versions_and_licences():
+    page = " ".join((ROOT / "docs" / "supply.md").read_text("utf-8").split())
+    for package, version in pins("requirements-hashed.txt").items():
+        row = re.search(rf"\| {package} \| {version} \| \S|\b{package} {re.escape(version)} \(\S", page)
+        assert row or package in pins("requirements.txt"), (package, version)
