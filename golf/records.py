@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -354,18 +355,25 @@ def judged(folder: Path, record: Record, data: Path) -> Record:
     return record
 
 
+def in_markdown(value: object) -> str:
+    """A stranger's words on one line of a Markdown page, where they make no tag, table or code."""
+    line = " ".join(html.escape(str(value), quote=False).split())
+    return line.replace("|", "\\|").replace("`", "'").replace("[", "\\[")
+
+
 def readme(folder: Path, record: Record) -> str:
     """The run folder's README, all of it from the record."""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in record.closing().items() if key != "record")
+    rows = "\n".join(f"| {key} | {in_markdown(v)} |" for key, v in record.closing().items() if key != "record")
     shape, recipe = record.config.get("shape", {}), record.config.get("recipe", {})
-    settings = "\n".join(f"| {key} | {value} |" for key, value in {**shape, **recipe}.items())
+    settings = "\n".join(f"| {in_markdown(key)} | {in_markdown(v)} |" for key, v in {**shape, **recipe}.items())
     command = " ".join(["python train_gpt.py", record.preset, *map(shlex.quote, flags_like(record))])
     return (
-        f"# {record.name}\n\n{record.blurb}. Track `{record.track}`, corpus `{record.corpus}` "
-        f"({record.corpus_fingerprint}), seed {record.seed}, status {record.status}.\n\n"
+        f"# {in_markdown(record.name)}\n\n{in_markdown(record.blurb)}. Track `{in_markdown(record.track)}`, corpus "
+        f"`{in_markdown(record.corpus)}` ({in_markdown(record.corpus_fingerprint)}), seed {record.seed}, "
+        f"status {in_markdown(record.status)}.\n\n"
         f"| result | value |\n|---|---|\n{rows}\n\n"
         f"Before packing: val_loss {record.unpacked_val_loss}, val_bpb {record.unpacked_val_bpb}.\n\n"
-        f"From a checkout: `{command}`; the packed model is scored by "
-        f"`python eval_bpb.py {folder}`.\n\n"
+        f"From a checkout: `{in_markdown(command)}`; the packed model is scored by "
+        f"`python eval_bpb.py {in_markdown(folder)}`.\n\n"
         f"| setting | value |\n|---|---|\n{settings}\n"
     )

@@ -91,6 +91,19 @@ def test_twice(alone, corpus, tmp_path):
     assert losses(again) == losses(alone)
 
 
+@pytest.mark.parametrize(("ranks", "flags"), [
+    (1, ("--run.threads", 2)), (2, ()),
+    pytest.param(1, ("--run.compile", "block", "--run.dtype", "bfloat16"), marks=pytest.mark.skipif(
+        shutil.which("g++") is None, reason="nothing can be compiled here")),
+])  # fmt: skip
+def test_twice_otherwise(corpus, tmp_path, ranks, flags):
+    """Exact on two threads, on two ranks, and compiled in bfloat16 too."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one, two = (trained(tmp_path / name, corpus, *flags, ranks=ranks) for name in ("one", "two"))
+    assert (one / "model.bin").read_bytes() == (two / "model.bin").read_bytes() and losses(one) == losses(two)
+
+
 def test_resumed(alone, corpus, tmp_path):
     """Killed in the middle and resumed: exact."""
     words = [sys.executable, "train_gpt.py", "smoke", *map(str, BASE), "--run.data", str(corpus), "--run.runs",

@@ -198,6 +198,16 @@ def test_a_run_that_is_written_is_running_and_nobody_else_may_write_it(tmp_path)
     assert [r.status for r in run_list.started(tmp_path)] == ["lost"]
 
 
+def test_a_strangers_words_make_no_tag_and_no_table_in_markdown(tmp_path):
+    nasty = "<script>alert(1)</script> | x | [a](javascript:b)\n# `head`"
+    folder = folder_of(tmp_path, "run-0", corpus=nasty, blurb=nasty)
+    folder.rename(tmp_path / "<img src=x onerror=alert(2)>")
+    (folder,) = tmp_path.iterdir()
+    pages = run_list.leaderboard(tmp_path), records.readme(folder, replace(records.read(folder), name=nasty))
+    assert not re.search(r"<script|<img|(?<!\\)\[a\]|\n# `", "".join(pages))
+    assert all(line.count(" | ") in (0, 1, 7) for line in pages[0].splitlines())
+
+
 def test_two_thousand_runs_are_listed_soon_enough_to_wait_for(tmp_path):
     first = folder_of(tmp_path, "run-0")
     for n in range(1, 2000):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 from pathlib import Path
@@ -75,6 +76,12 @@ def test_what_cannot_fit_is_left_out_before_any_training(tmp_path):
     good, left_out = search.fitting(plan, search.candidates(plan))
     assert [o["shape.width"] for o in good.values()] == [32]
     assert "not divisible" in left_out["c2"] and "bytes" in left_out["c3"]
+
+
+def test_a_strangers_names_are_escaped_on_the_page():
+    nasty = "</title><script>alert(1)</script><img src=x onerror=alert(2)>"
+    page = search.picture(nasty, [(1, 8, nasty, 2.0)], {nasty: {nasty: nasty, "recipe.matrix-rate": 0.1}})
+    assert "<script" not in page and "<img" not in page and page.count(html.escape(nasty)) >= 3
 
 
 @pytest.mark.slow
