@@ -168,13 +168,14 @@ class TokenStream:
         while count > 0:
             index = int(np.searchsorted(self.starts, start, side="right")) - 1
             part = whole(self.shards[index])[start - self.starts[index] :][:count]
+            if (top := part.max(initial=0)) >= self.vocab_size:
+                name = getattr(self.shards[index], "filename", None) or index
+                raise UsageError(f"Shard {name} holds token {top}, the vocabulary ends at {self.vocab_size}: it was "
+                                 "changed.")  # fmt: skip
             parts.append(part)
             count -= part.size
             start = (start + part.size) % self.total
-        tokens = np.concatenate(parts).astype(np.int64)
-        if (top := tokens.max()) >= self.vocab_size:
-            raise UsageError(f"A shard holds token {top}, the vocabulary ends at {self.vocab_size}: it was changed.")
-        return tokens
+        return np.concatenate(parts).astype(np.int64)
 
 
 def coprime_stride(rows: int) -> int:

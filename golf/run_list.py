@@ -127,7 +127,8 @@ def leftovers(runs: Path) -> list[Path]:
             continue
         if run.record and run.record.val_bpb is not None:
             found += [run.folder / name for name in LEFTOVERS if (run.folder / name).exists()]
-        found += sorted(run.folder.glob(".*.part"))
+        parts = [*run.folder.glob(".*.part"), *run.folder.glob("states/.*.part")]
+        found += sorted(path for path in parts if path.parent not in found)
     return found
 
 

@@ -325,6 +325,9 @@ def test_cleaning_takes_only_what_no_record_needs(tmp_path):
         (kept / name).write_bytes(b"x" * 100)
     unscored = folder_of(tmp_path, "unscored", val_bpb=None, val_loss=None)
     (unscored / "checkpoint.safetensors").write_bytes(b"x")
+    for folder in (kept, unscored):
+        (folder / "states").mkdir()
+        (folder / "states" / ".3.safetensors.78.part").write_bytes(b"x")
     lost = tmp_path / "lost"
     lost.mkdir()
     (lost / "log.jsonl").write_text("")
@@ -335,6 +338,7 @@ def test_cleaning_takes_only_what_no_record_needs(tmp_path):
     told = run("record.py", "clean", "--runs", tmp_path)
     assert "would be deleted with --yes" in told.stdout and lost.exists()
     rows = json.loads(run("record.py", "clean", "--runs", tmp_path, "--yes", "--json").stdout)
-    assert {Path(r["path"]).name for r in rows} == {"checkpoint.safetensors", ".model.bin.77.part", "lost"}
+    assert {Path(r["path"]).name for r in rows} == {
+        "checkpoint.safetensors", ".model.bin.77.part", "states", ".3.safetensors.78.part", "lost"}  # fmt: skip
     assert not lost.exists() and (kept / "model.bin").exists() and (unscored / "checkpoint.safetensors").exists()
     assert (outside / "thesis").exists()
