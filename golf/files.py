@@ -33,10 +33,10 @@ def open_plain(path: Path, links: bool = False) -> BinaryIO:
 def read_plain(path: Path, most: int = SMALL, links: bool = False) -> bytes:
     """The bytes of a plain file. Raises an OSError that says why not, for one of more than `most` bytes too."""
     with open_plain(path, links) as stream:
-        data = stream.read(most + 1)
-    if len(data) > most:
-        raise OSError(errno.EFBIG, f"it holds more than {most:,} bytes", str(path))
-    return data
+        size = os.fstat(stream.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"it holds more than {most:,} bytes", str(path))
+        return stream.read(size)  # a buffer of that size, and no larger one, is made for it
 
 
 def lines_of(stream: BinaryIO, most: int = LINE) -> Iterator[bytes]:
