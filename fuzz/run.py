@@ -94,7 +94,11 @@ def main() -> int:
         corpus = Path(words[at + 1])
         del words[at : at + 2]
     name, what = words[0] if words else "all", words[1] if len(words) > 1 else "60"
-    names = sorted(path.name for path in SEEDS.iterdir()) if name == "all" else [name]
+    targets = sorted(path.name for path in SEEDS.iterdir())
+    if name not in ("all", *targets) or not re.fullmatch(r"keep|\d+(\.\d+)?", what):
+        print(f"error: {name} {what}: give all or one of {', '.join(targets)}, and seconds or keep.", file=sys.stderr)
+        return 2
+    names = targets if name == "all" else [name]
     codes = [keep(one, corpus) if what == "keep" else fuzz(one, float(what), corpus) for one in names]
     return max(map(abs, codes))  # one that a signal ended counts below 0
 

@@ -152,7 +152,7 @@ class Referee:
         probed_chunks[[0, -1]] = True
         if self.submission.adapts:
             self.contender.reset()
-        done = kept.go_on(self, self.contender.limits) if kept else 0
+        done = kept.go_on(self, self.contender.limits, stretches) if kept else 0
         for number, rows in enumerate(stretches):
             if number < done:
                 if self.submission.adapts:  # it learns again what it knew

@@ -7,6 +7,8 @@ says that it stands.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -20,7 +22,7 @@ from golf.judging import Referee
 from golf.log_file import lock
 from golf.rows import Row
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class KeptScores:
@@ -33,6 +35,7 @@ class KeptScores:
         self.path, self.scores, self.identity = path, path.with_name(path.name + ".f32"), identity
         self.state: dict = {}
         self.stretches = 0  # that stand
+        self.digest = hashlib.sha256()  # of their scores
         if path.exists():
             self.state = self.read()
         self.taken = open(self.scores, "a", encoding="utf-8")  # which locks it for as long as this judge lives
@@ -52,20 +55,20 @@ class KeptScores:
             raise UsageError(f"--keep {path}: it is of another submission or text, name another file or delete it.")
         return told
 
-    def go_on(self, referee: Referee, limits: Limits) -> int:
-        """Put back what is committed; returns how many stretches that is."""
+    def go_on(self, referee: Referee, limits: Limits, stretches: list[list[Row]]) -> int:
+        """Commit again what is kept of `stretches`, row by row; returns how many of them that is. Raises UsageError for
+        scores that are not those that were kept."""
         if not self.state:
             return 0
         count = self.state["count"]
         with open(self.scores, "r+b") as file:
             file.truncate(4 * count)  # what was appended and never said to stand
         scores = np.fromfile(self.scores, dtype="<f4")
-        ledger = referee.ledger
-        ledger.scores[1 : 1 + count] = scores
-        ledger.count, ledger.nats = count, self.state["nats"]
-        ledger.digest.update(scores.tobytes())
-        if ledger.digest.hexdigest() != self.state["ledger"]:
+        self.digest.update(scores.tobytes())
+        if self.digest.hexdigest() != self.state["sha256"]:
             raise UsageError(f"--keep {self.path}: its scores were changed or are damaged, delete it to begin anew.")
+        for row in itertools.chain(*stretches[: self.state["stretches"]]):
+            referee.ledger.commit(row, scores[row.new.start - 1 : row.new.stop - 1])
         referee.committed = self.state["committed"]
         limits.scoring += self.state["scoring"]
         limits.probing += self.state["probing"]
@@ -81,18 +84,20 @@ class KeptScores:
     def stand(self, referee: Referee, limits: Limits, stretches: int, rows: list[Row]) -> None:
         """The scores of so many stretches stand; of `rows` the first and the last are of those that did not yet."""
         part = slice(rows[0].new.start, rows[-1].new.stop)
+        scores = referee.ledger.scores[part].astype("<f4").tobytes()
+        self.digest.update(scores)
         with open(self.scores, "ab" if self.state else "wb") as file:
-            file.write(referee.ledger.scores[part].astype("<f4").tobytes())
+            file.write(scores)
             file.flush()
             os.fsync(file.fileno())
         checks = {n: {"tried": c.tried, "faults": c.faults} for n, c in referee.sheet.checks.items()}
         times = self.state.get("interruptions", 0)
         self.state = {
             "schema": SCHEMA, "identity": self.identity, "stretches": stretches, "count": referee.ledger.count,
-            "nats": referee.ledger.nats, "committed": referee.committed, "scoring": limits.scoring,
+            "committed": referee.committed, "scoring": limits.scoring,
             "probing": limits.probing, "checks": checks, "flip_nats": referee.flip_nats, "compared": referee.compared,
             "identical": referee.identical, "distributions": referee.distributions, "worst": referee.worst,
-            "interruptions": times, "ledger": referee.ledger.digest.hexdigest(),
+            "interruptions": times, "sha256": self.digest.hexdigest(),
         }  # fmt: skip
         write_bytes(self.path, json.dumps(self.state, default=lambda number: number.item()).encode())
         self.stretches = stretches

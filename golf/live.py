@@ -13,6 +13,7 @@ from pathlib import Path
 from golf.config import shape_from_dict
 from golf.console import printable
 from golf.errors import UsageError
+from golf.files import open_plain
 from golf.log_file import is_locked, parsed
 
 RECENT = 50  # steps whose mean is shown as the loss
@@ -216,11 +217,13 @@ def watch(folder: Path) -> int:
     """Follow a run from another terminal until it ends; exit 0 when it ends with a record, 1 when its writer is gone
     without one. Raises UsageError for a folder that is no run's."""
     log = folder / "log.jsonl"
-    if not log.exists():
-        raise UsageError(f"{folder}: there is no log.jsonl, name a run folder.")
+    try:
+        file = open_plain(log)
+    except OSError as error:
+        raise UsageError(f"{log} cannot be read ({error.strerror}); name a run folder.") from error
     shown = display()
     try:
-        with open(log, "rb") as file:
+        with file:
             rest = b""
             while True:
                 alive = is_locked(log)  # before reading: what is read after a writer's end is all there is

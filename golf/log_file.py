@@ -34,8 +34,12 @@ def lock(file: TextIO) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process that still lives writes this log."""
-    with open_plain(path) as file:
+    """Whether a process that still lives writes this log; nobody writes what is no file."""
+    try:
+        file = open_plain(path)
+    except OSError:
+        return False
+    with file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -85,9 +85,12 @@ def end_of(log: Path) -> tuple[str, str]:
     """Status and reason of a run that left no record."""
     if is_locked(log):
         return "running", ""
-    with open_plain(log) as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-        lines = file.read().splitlines()
+    try:
+        with open_plain(log) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            lines = file.read().splitlines()
+    except OSError as error:
+        return "damaged", f"the log cannot be read ({error.strerror})"
     last = next(filter(None, map(parsed, reversed(lines))), {})
     if last.get("event") == "failed":
         return "crash", str(last.get("error", ""))[:200]

@@ -49,6 +49,7 @@ class TopicsArguments:
 
 def topics(a: TopicsArguments) -> dict:
     """The whole study as one object. Raises UsageError."""
+    from golf import contrasts as against
     from golf import controls, depth
     from golf import topics as study
 
@@ -65,7 +66,7 @@ def topics(a: TopicsArguments) -> dict:
     for model in models:  # refused before any time is spent
         model.rule(a.exit, a.threshold or 0.0)
     study.check_topics(texts)
-    study.check_order({t.topic for t in texts}, a.order)
+    against.check_order({t.topic for t in texts}, a.order)
     runs, rules, found = [], [], []
     for model in models:
         wanted = a.mean_depth or (1 + model.loops) / 2
@@ -93,10 +94,10 @@ def topics(a: TopicsArguments) -> dict:
         "rule": a.exit, "loops": models[0].loops, "runs": found, "topics": plain(rows),
         "adjusted": {n: e.row() for n, e in zip(names, equal, strict=True)},
         "adjusted_a_byte": {n: e.row() for n, e in zip(names, equal_a_byte, strict=True)},
-        "contrasts": study.contrasts(names, loops), "contrasts_adjusted": study.contrasts(names, equal),
-        "order": study.in_order(names, loops, a.order), "order_adjusted": study.in_order(names, equal, a.order),
-        "sources": plain(sources), "contrasts_by_source": study.by_pairs_of_sources(names, sources),
-        "contrasts_by_source_adjusted": study.by_pairs_of_sources(
+        "contrasts": against.contrasts(names, loops), "contrasts_adjusted": against.contrasts(names, equal),
+        "order": against.in_order(names, loops, a.order), "order_adjusted": against.in_order(names, equal, a.order),
+        "sources": plain(sources), "contrasts_by_source": against.by_pairs_of_sources(names, sources),
+        "contrasts_by_source_adjusted": against.by_pairs_of_sources(
             names, [row | {"loops": row["adjusted"]} for row in sources]
         ),
         "classes": plain(study.by_class(runs, resampling)),

@@ -17,7 +17,7 @@ import torch
 
 import depth_map
 import eval_bpb
-from golf import controls, depth, formulaic, frontier, gate, map_page, topic_study, topics
+from golf import contrasts, controls, depth, formulaic, frontier, gate, map_page, topic_study, topics
 from golf.console import run_script
 from golf.errors import UsageError
 from golf.exits import Entropy, FixedDepth
@@ -130,14 +130,14 @@ def test_adjusting_takes_out_what_only_difficulty_brings_and_keeps_what_the_topi
     topical = made(2, topic_effect=0.5, loss_effect=1.0)
     equal = topics.adjusted([topical, made(3, topic_effect=0.5, loss_effect=1.0)], topics.Resampling(topical, 2, 200))
     assert equal[1].mean - equal[0].mean == pytest.approx(0.5, abs=0.05)
-    rows = topics.contrasts(("a", "b", "c"), equal)
+    rows = contrasts.contrasts(("a", "b", "c"), equal)
     assert all(row["p_holm"] < 0.01 for row in rows) and rows[0]["mean"] < 0
 
 
 def test_holm_multiplies_the_smallest_p_by_all_and_never_goes_down():
     generator = np.random.default_rng(0)
     estimates = [topics.interval(m, m + 0.1 * generator.normal(size=5000)) for m in (0.0, 0.02, 0.5)]
-    rows = sorted(topics.contrasts(("a", "b", "c"), estimates), key=lambda r: r["p"])
+    rows = sorted(contrasts.contrasts(("a", "b", "c"), estimates), key=lambda r: r["p"])
     assert rows[0]["p_holm"] == pytest.approx(3 * rows[0]["p"]) and rows[1]["p_holm"] >= rows[0]["p_holm"]
     assert rows[2]["p_holm"] == pytest.approx(max(rows[2]["p"], rows[1]["p_holm"])) and rows[2]["p"] > 0.5
 
@@ -212,7 +212,8 @@ def test_a_contrast_is_repeated_between_all_sources():
     tokens = replace(tokens, source=(tokens.document % 2).astype(np.int8), sources=("x", "y"))
 
     def repeated(tokens: Tokens) -> list[dict]:
-        return topics.by_pairs_of_sources(tokens.topics, topics.by_source([tokens], topics.Resampling(tokens, 1, 400)))
+        rows = topics.by_source([tokens], topics.Resampling(tokens, 1, 400))
+        return contrasts.by_pairs_of_sources(tokens.topics, rows)
 
     rows = topics.by_source([tokens], topics.Resampling(tokens, 1, 400))
     assert [(r["topic"], r["source"], r["documents"]) for r in rows] == [(t, s, 10) for t in "abc" for s in "xy"]
@@ -233,13 +234,13 @@ def test_a_contrast_is_repeated_between_all_sources():
 def test_an_expected_order_is_asked_place_by_place():
     tokens = made(11, topic_effect=0.5)
     loops = [row["loops"] for row in topics.by_topic([tokens], topics.Resampling(tokens, 1, 400))]
-    (right,) = topics.in_order(tokens.topics, loops, ("c", "a+b"))
+    (right,) = contrasts.in_order(tokens.topics, loops, ("c", "a+b"))
     assert right["mean"] == pytest.approx(0.75, abs=0.1) and right["low"] > 0 and right["p_holm"] < 0.01
-    (wrong,) = topics.in_order(tokens.topics, loops, ("a", "c"))
-    assert wrong["high"] < 0 and topics.in_order(tokens.topics, loops, ()) == []
+    (wrong,) = contrasts.in_order(tokens.topics, loops, ("a", "c"))
+    assert wrong["high"] < 0 and contrasts.in_order(tokens.topics, loops, ()) == []
     for order, words in ((("d", "a"), "no topic 'd'"), (("a",), "two places")):
         with pytest.raises(UsageError, match=words):
-            topics.check_order(set(tokens.topics), order)
+            contrasts.check_order(set(tokens.topics), order)
 
 
 def test_loops_a_byte_are_adjusted_with_bytes_as_weights():

@@ -60,12 +60,8 @@ def command(folder: Path, corpus: Path, kept: Path) -> list[object]:
     return ["eval_bpb.py", folder, "--data", corpus, "--keep", kept, "--keep-every", 800, "--lift-cap", "--json"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapts", [False, True])
-def test_a_killed_scoring_goes_on_and_comes_to_the_same(tmp_path, corpus, adapts):
-    folder, kept = folder_of(tmp_path, corpus, adapts), tmp_path / "kept.json"
-    whole = eval_bpb.judge(folder, corpus)
-    assert whole["valid"], whole
+def kill_in_the_middle(folder: Path, corpus: Path, kept: Path) -> None:
+    """Begin to score and kill the judge, and its scorer, when two parts or more are kept."""
     words = [sys.executable, *map(str, command(folder, corpus, kept))]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)  # fmt: skip
@@ -74,6 +70,15 @@ def test_a_killed_scoring_goes_on_and_comes_to_the_same(tmp_path, corpus, adapts
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapts", [False, True])
+def test_a_killed_scoring_goes_on_and_comes_to_the_same(tmp_path, corpus, adapts):
+    folder, kept = folder_of(tmp_path, corpus, adapts), tmp_path / "kept.json"
+    whole = eval_bpb.judge(folder, corpus)
+    assert whole["valid"], whole
+    kill_in_the_middle(folder, corpus, kept)
     state = json.loads(kept.read_text())
     assert 0 < state["count"] < whole["val_tokens"]
     with open(kept.with_name(kept.name + ".f32"), "ab") as file:
@@ -102,16 +107,9 @@ def test_a_killed_scoring_goes_on_and_comes_to_the_same(tmp_path, corpus, adapts
 
 @pytest.mark.slow
 def test_kept_scores_that_were_tampered_with_are_not_what_the_judge_finds(tmp_path, corpus):
-    """Better scores written into the kept file make another ledger than the state beside it says."""
+    """Better scores written into the kept file are not those whose hash stands beside it."""
     folder, kept = folder_of(tmp_path, corpus, False), tmp_path / "kept.json"
-    words = [sys.executable, *map(str, command(folder, corpus, kept))]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)  # fmt: skip
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not (kept.exists() and json.loads(kept.read_text())["stretches"] >= 2):
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_in_the_middle(folder, corpus, kept)
     scores = np.fromfile(tmp_path / "kept.json.f32", dtype="<f4")
     (scores * np.float32(0.5)).tofile(tmp_path / "kept.json.f32")
     done = run(*command(folder, corpus, kept))
@@ -120,7 +118,7 @@ def test_kept_scores_that_were_tampered_with_are_not_what_the_judge_finds(tmp_pa
 
 def test_scores_of_another_submission_or_damaged_ones_are_refused(tmp_path):
     path = tmp_path / "kept.json"
-    path.write_text('{"schema": 1, "stretches": 1, "count": 2, "identity": {"folder": "a"}}')
+    path.write_text('{"schema": 2, "stretches": 1, "count": 2, "identity": {"folder": "a"}}')
     (tmp_path / "kept.json.f32").write_bytes(np.zeros(2, "<f4").tobytes())
     assert KeptScores(path, {"folder": "a"}).count == 2
     with pytest.raises(UsageError, match="of another submission"):
@@ -128,7 +126,7 @@ def test_scores_of_another_submission_or_damaged_ones_are_refused(tmp_path):
     (tmp_path / "kept.json.f32").write_bytes(b"")
     with pytest.raises(UsageError, match="of another submission"):
         KeptScores(path, {"folder": "a"})
-    path.write_text('{"schema": 1, "count": 2')
+    path.write_text('{"schema": 2, "count": 2')
     with pytest.raises(UsageError, match="damaged"):
         KeptScores(path, {"folder": "a"})
 
@@ -138,6 +136,7 @@ def test_old_scores_beside_a_file_that_was_deleted_are_not_taken(tmp_path, corpu
     folder = folder_of(tmp_path, corpus, False)
     (tmp_path / "kept.f32").write_bytes(np.full(5000, -1e-4, "<f4").tobytes())
     done = run("eval_bpb.py", folder, "--data", corpus, "--keep", tmp_path / "kept", "--keep-every", 5000, "--json")
+    assert not (tmp_path / "kept").exists()  # of a scoring that has ended
     plain = run("eval_bpb.py", folder, "--data", corpus, "--json")
     assert json.loads(done.stdout)["val_loss"] == pytest.approx(json.loads(plain.stdout)["val_loss"], rel=1e-7)
 
@@ -145,7 +144,7 @@ def test_old_scores_beside_a_file_that_was_deleted_are_not_taken(tmp_path, corpu
 @pytest.mark.slow
 def test_scores_kept_at_other_distances_are_another_scorings(tmp_path, corpus):
     path = tmp_path / "kept"
-    path.write_text('{"schema": 1, "stretches": 1, "count": 2, "identity": {"every": 5}}')
+    path.write_text('{"schema": 2, "stretches": 1, "count": 2, "identity": {"every": 5}}')
     (tmp_path / "kept.f32").write_bytes(np.zeros(2, "<f4").tobytes())
     assert KeptScores(path, {"every": 5}, 5).count == 2
     folder = folder_of(tmp_path, corpus, False)

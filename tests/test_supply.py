@@ -34,5 +34,5 @@ def test_every_pin_but_torch_has_a_hash_of_its_version():
 def test_the_page_names_what_they_need_in_turn_with_versions_and_licences():
     page = " ".join((ROOT / "docs" / "supply.md").read_text("utf-8").split())
     for package, version in pins("requirements-hashed.txt").items():
-        row = re.search(rf"\| {package} \| {version} \| \S|\b{package} {re.escape(version)} \(\S", page)
+        row = re.search(rf"\| {package} \| {version} \| \S|\b{package} {re.escape(version)} \([^)]", page)
         assert row or package in pins("requirements.txt"), (package, version)
