@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SEEDS = HERE.parent / "tests" / "fuzz_corpus"
 SESSIONS = HERE / "sessions.jsonl"
+AGAIN = "FUZZ_AGAIN"  # names a program that starts this one again for the same target
 MOST_KEPT, LARGEST = 12, 2000  # files of a target, and bytes of one, that `keep` adds
 
 
@@ -62,7 +65,11 @@ def keep(name: str, corpus: Path) -> int:
         for path in (corpus / name).iterdir():
             if path.stat().st_size <= LARGEST:
                 shutil.copy(path, small)
-        code = subprocess.call(command(name, "-merge=1", str(merged), str(small)), stderr=subprocess.DEVNULL)
+        again = Path(place) / "again"  # merging starts the program of its first word anew
+        again.write_text(f'#!/bin/sh\nexec {shlex.join(command(name))} "$@"\n')
+        again.chmod(0o755)
+        words, env = command(name, "-merge=1", str(merged), str(small)), {**os.environ, AGAIN: str(again)}
+        code = subprocess.call(words, env=env, stderr=subprocess.DEVNULL)
         known = {path.read_bytes() for path in seeds.iterdir()}
         found = sorted((d for p in merged.iterdir() if (d := p.read_bytes()) not in known), key=len)[:MOST_KEPT]
     for data in found:
@@ -79,7 +86,7 @@ def inside(name: str, options: list[str]) -> None:
     with atheris.instrument_imports(include=["golf"]):
         from targets import TARGETS, held
 
-    atheris.Setup([sys.argv[0], *options], lambda data: held(TARGETS[name], data))
+    atheris.Setup([os.environ.get(AGAIN, sys.argv[0]), *options], lambda data: held(TARGETS[name], data))
     atheris.Fuzz()
 
 
