@@ -8,9 +8,13 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from golf.errors import UsageError
+
+T = TypeVar("T")
 
 
 def run_script(main: Callable[[], int | None]) -> int:
@@ -78,6 +82,15 @@ def fold(box: str) -> str:
         words = re.sub(rf"(--\S+): {told}: '([^']*)'", rf"\1 \2: give {kind}", words)
     words = re.sub(r"(Perhaps you meant: (--\S+)).*", r"\1", words)
     return words.strip().rstrip(".") + "; see --help."
+
+
+def counted(items: Sequence[T], what: str) -> Iterator[T]:
+    """Each of the items; standard error is told how many are done and how long the rest will take."""
+    began = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        left = (time.monotonic() - began) / done * (len(items) - done)
+        print(f"{what}: {done} of {len(items)}, {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 class Stage:

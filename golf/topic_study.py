@@ -12,6 +12,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from golf import records
+from golf.console import counted
 from golf.errors import UsageError
 from golf.rescore import read_artifact
 from golf.texts import chosen_texts
@@ -68,7 +69,7 @@ def topics(a: TopicsArguments) -> dict:
     study.check_topics(texts)
     against.check_order({t.topic for t in texts}, a.order)
     runs, rules, found = [], [], []
-    for model in models:
+    for model in counted(models, "runs measured"):
         wanted = a.mean_depth or (1 + model.loops) / 2
         threshold = a.threshold
         if threshold is None:
@@ -87,7 +88,7 @@ def topics(a: TopicsArguments) -> dict:
     checked = gates = None
     if a.controls:
         first = [same.index(model) for model in sorted(set(same))]  # a run of each model
-        gates = [controls.gates(models[n], texts, runs[n], a.exit) for n in first]
+        gates = [controls.gates(models[n], texts, runs[n], a.exit) for n in counted(first, "gates of a model compared")]
         checked = {"1-4 gates": gates, **controls.all_of_them(models[0], texts, runs[0], a.exit, rules[0])}
     word, said = study.verdict(gates, mean_share["topic_adds"], agree["tokens"] if agree else None)
     return {
