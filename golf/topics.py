@@ -35,9 +35,9 @@ class Interval:
     draws: np.ndarray
 
     def row(self, digits: int = 4) -> dict:
-        """For JSON; an interval of too few documents is none."""
-        low, high = (None if np.isnan(v) else round(v, digits) for v in (self.low, self.high))
-        return {"mean": round(self.mean, digits), "low": low, "high": high}
+        """For JSON; a share of nothing, and an interval of too few documents, is none."""
+        values = {"mean": self.mean, "low": self.low, "high": self.high}
+        return {name: None if np.isnan(value) else round(value, digits) for name, value in values.items()}
 
 
 def interval(mean: float, draws: np.ndarray) -> Interval:

@@ -142,6 +142,10 @@ def test_holm_multiplies_the_smallest_p_by_all_and_never_goes_down():
     assert rows[2]["p_holm"] == pytest.approx(max(rows[2]["p"], rows[1]["p_holm"])) and rows[2]["p"] > 0.5
 
 
+def test_a_share_of_nothing_is_none_for_machines():
+    assert set(topics.interval(np.nan, np.full(100, np.nan)).row().values()) == {None}
+
+
 def test_the_study_calls_itself_negative_where_tokens_explain_everything():
     tokens = made(4)
     found = topics.shares(tokens)

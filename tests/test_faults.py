@@ -98,6 +98,14 @@ class Launched:
             time.sleep(0.05)
         raise AssertionError(f"it did not say {words!r}: {''.join(line for _, line in self.lines[-30:])}")
 
+    def names(self, words: str, began: float) -> None:
+        """It says who was lost, soon, and all of it ends; `pytest -rP` shows how soon."""
+        named = self.says(words) - began
+        assert named < NAMED_WITHIN
+        assert self.ends() != 0
+        self.nothing_lives()
+        print(f"said after {named:.1f} s, ended after {time.monotonic() - began:.1f} s")
+
     def ends(self, seconds: float = 90) -> int:
         code = self.process.wait(timeout=seconds)
         self.reader.join(timeout=10)
@@ -138,9 +146,7 @@ def test_a_rank_that_is_lost_is_named_and_all_end(corpus, tmp_path, ranks, lost,
         run_.reaches(5)
         run_.rank(lost).send_signal(how)
         began = time.monotonic()
-        assert run_.says(f"rank {lost}: it has not answered") - began < NAMED_WITHIN
-        assert run_.ends() != 0
-        run_.nothing_lives()
+        run_.names(f"rank {lost}: it has not answered", began)
         run_.nothing_half_written()
         assert steps_of(run_.folder) >= 5
         record = record_of(run_.folder)
@@ -180,9 +186,7 @@ def test_a_rank_that_stands_still_while_others_wait_is_named(corpus, tmp_path, h
     """Its threads live, so that it answers: the main thread hangs, in reading a file that never comes, or at work."""
     with Launched(corpus, tmp_path, 2, plant=hangs) as run_:
         began = run_.says("it hangs", 180)
-        assert run_.says("rank 1: it has stood in step") - began < NAMED_WITHIN
-        assert run_.ends() != 0
-        run_.nothing_lives()
+        run_.names("rank 1: it has stood in step", began)
         run_.nothing_half_written()
         record = record_of(run_.folder)
         assert record["status"] == "crash" and "rank 1" in record["reason"]
@@ -196,10 +200,7 @@ def test_a_rank_that_stands_still_while_others_wait_is_named(corpus, tmp_path, h
 def test_a_rank_that_fails_alone_is_named_with_its_reason(corpus, tmp_path, lost, what, why):
     with Launched(corpus, tmp_path, 2, plant=in_reading(lost, f"print('it fails', flush=True); {what}")) as run_:
         began = run_.says("it fails", 180)
-        named = f"rank {lost}: it ended: {why}" if lost else f"error: {why}"
-        assert run_.says(named) - began < NAMED_WITHIN
-        assert run_.ends() != 0
-        run_.nothing_lives()
+        run_.names(f"rank {lost}: it ended: {why}" if lost else f"error: {why}", began)
         run_.nothing_half_written()
         record = record_of(run_.folder)
         assert record["status"] == "crash" and (why.lower() in record["reason"].lower()), record["reason"]
