@@ -144,7 +144,7 @@ def histogram(depths: np.ndarray, loops: int) -> str:
 
 
 def write_png(path: Path, documents: list[Shown], loops: int, before: bool = False, columns: int = 88) -> None:
-    """The coloured text as a picture for papers. Raises UsageError where it cannot be written."""
+    """The coloured text with its legend as a picture for papers. Raises UsageError where it cannot be written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -159,15 +159,20 @@ def write_png(path: Path, documents: list[Shown], loops: int, before: bool = Fal
                 if character != "\n":
                     cells.append((row, column, character, spot.spent if before else spot.loops))
                     column += 1
-        row, column = row + 2, 0
+        row, column = row + (2 if column else 1), 0
+    for x, character in enumerate("loops"):
+        cells.append((row, x, character, 0))
+    cells += [(row, 4 + 3 * n, str(n), n) for n in range(1, loops + 1)]
+    row += 1
     figure = pyplot.figure(figsize=(columns * 0.09, max(1, row) * 0.2), dpi=150)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, columns)
     axes.set_ylim(max(1, row), 0)
     axes.axis("off")
     for y, x, character, depth in cells:
-        axes.add_patch(pyplot.Rectangle((x, y), 1, 1, color=color(depth, loops), linewidth=0))
-        ink = "white" if is_dark(depth, loops) else "black"
+        if depth:  # not the words of the legend
+            axes.add_patch(pyplot.Rectangle((x, y), 1, 1, color=color(depth, loops), linewidth=0))
+        ink = "white" if depth and is_dark(depth, loops) else "black"
         axes.text(x + 0.5, y + 0.55, character, family="monospace", fontsize=8, color=ink, ha="center", va="center",
                   parse_math=False)  # fmt: skip
     charts.save_figure(figure, path)
