@@ -142,14 +142,21 @@ def complete(folder: Path, request: dict) -> dict:
         return {}
 
 
-def whole(shard: np.ndarray) -> np.ndarray:
-    """The same shard, its file not cut since it was mapped: reading past a file's end would end the process. One that
-    was deleted can still be read. Raises UsageError."""
-    if isinstance(shard, np.memmap):
-        with contextlib.suppress(FileNotFoundError):
-            size = os.path.getsize(shard.filename)
-            if size < HEADER_BYTES + 2 * shard.size:
-                raise UsageError(f"Shard {shard.filename} was cut to {size:,} bytes while it was read.")
+def state_of(shard: np.ndarray) -> os.stat_result | None:
+    """The state of a mapped shard's file; none where it was deleted, which leaves it readable."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.stat(shard.filename) if isinstance(shard, np.memmap) else None
+
+
+def untouched(shard: np.ndarray, before: os.stat_result | None) -> np.ndarray:
+    """The same shard, its file neither cut, which would end the process that reads past its end, nor written to since
+    `before`; a file that took its place is another. Raises UsageError."""
+    now = state_of(shard)
+    if before and now and now.st_ino == before.st_ino:
+        if now.st_size < before.st_size:
+            raise UsageError(f"Shard {shard.filename} was cut to {now.st_size:,} bytes while it was read.")
+        if now.st_mtime_ns != before.st_mtime_ns:
+            raise UsageError(f"Shard {shard.filename} was written to while it was read.")
     return shard
 
 
@@ -159,6 +166,7 @@ class TokenStream:
     def __init__(self, shards: list[np.ndarray], vocab_size: int = 1 << 16):
         self.vocab_size = vocab_size
         self.shards = [s for s in shards if s.size]
+        self.states = [state_of(s) for s in self.shards]
         self.total = sum(s.size for s in self.shards)
         self.starts = np.cumsum([0] + [s.size for s in self.shards])
 
@@ -167,7 +175,7 @@ class TokenStream:
         parts, start = [], start % self.total
         while count > 0:
             index = int(np.searchsorted(self.starts, start, side="right")) - 1
-            part = whole(self.shards[index])[start - self.starts[index] :][:count]
+            part = untouched(self.shards[index], self.states[index])[start - self.starts[index] :][:count]
             if (top := part.max(initial=0)) >= self.vocab_size:
                 name = getattr(self.shards[index], "filename", None) or index
                 raise UsageError(f"Shard {name} holds token {top}, the vocabulary ends at {self.vocab_size}: it was "
