@@ -215,11 +215,12 @@ def adjusted(
     square, product = np.stack(squares), np.stack(products)  # (runs, documents, P, P), (runs, documents, P)
 
     def solve(weights: np.ndarray) -> np.ndarray:
-        """weights (runs, documents) -> (groups,)."""
+        """weights (runs, documents) -> (groups,); a group none of whose documents was drawn has no mean."""
         a = np.tensordot(weights, square, axes=2)
         b = np.tensordot(weights, product, axes=2)
         ridge = 1e-8 * np.trace(a) / len(a)
-        return np.linalg.solve(a + ridge * np.eye(len(a)), b)[: present.size]
+        found = np.linalg.solve(a + ridge * np.eye(len(a)), b)
+        return np.where(np.diagonal(a) > 0, found, np.nan)[: present.size]
 
     whole = solve(np.broadcast_to(resampling.base[:, None], square.shape[:2]))
     draws = np.stack([

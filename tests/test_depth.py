@@ -134,6 +134,13 @@ def test_adjusting_takes_out_what_only_difficulty_brings_and_keeps_what_the_topi
     assert all(row["p_holm"] < 0.01 for row in rows) and rows[0]["mean"] < 0
 
 
+def test_a_group_of_one_document_has_no_interval():
+    tokens = made(7)
+    groups = [np.where(tokens.document == 0, 99, tokens.topic)]
+    *_, many, one = topics.adjusted([tokens], topics.Resampling(tokens, 1, 200), groups)
+    assert many.row()["low"] is not None and one.row()["mean"] is not None and one.row()["low"] is None
+
+
 def test_holm_multiplies_the_smallest_p_by_all_and_never_goes_down():
     generator = np.random.default_rng(0)
     estimates = [topics.interval(m, m + 0.1 * generator.normal(size=5000)) for m in (0.0, 0.02, 0.5)]
