@@ -163,7 +163,7 @@ class FrontierArguments:
     points: int = 3
     """Thresholds of each rule, spread between one pass and all."""
     threshold: float | None = None
-    """One more of a gate: the one that it was trained for."""
+    """One more of a gate: the one that it was trained for. Of several runs all but the first are asked for it alone."""
     rows: int = 64
     """Rows of text."""
     repeats: int = 1
@@ -194,7 +194,7 @@ def frontier(a: FrontierArguments) -> dict:
                 raise UsageError(f"--threshold {a.threshold:g}: {looped.name} has no gate, leave it out.")
             looped.rule("gate", a.threshold)  # refused before any time is spent
         given = curves.batches(looped, corpus, a.rows)
-        chosen = curves.spread(looped, given, list(rules), a.points)
+        chosen = curves.spread(looped, given, list(rules), a.points) if a.threshold is None or not found else []
         if a.threshold is not None:
             chosen.append(("gate", a.threshold))
         found[looped.name] = curves.measure(looped, given, chosen, a.repeats)
@@ -205,8 +205,8 @@ def frontier(a: FrontierArguments) -> dict:
             lines[f"each run's gate at {a.threshold:g}"] = same
         for run, points in found.items():
             for name in dict.fromkeys(p.rule for p in points[1:]):
-                label = name if len(found) == 1 else f"{name}, {run}"
-                lines[label] = [*(p for p in points if p.rule == name), points[0]]
+                label = name if len(found) == 1 or a.threshold is not None else f"{name}, {run}"
+                lines.setdefault(label, [*(p for p in points if p.rule == name), points[0]])
         curves.draw(Path(a.png), lines)
     return {run: [asdict(p) for p in points] for run, points in found.items()}
 

@@ -404,6 +404,20 @@ def test_a_frontier_counts_what_is_computed(looped_run, corpus, tmp_path):
     assert twice.returncode == 2 and "named twice" in twice.stderr
 
 
+@pytest.mark.slow
+def test_of_several_gates_all_but_the_first_are_asked_for_their_own_point_alone(looped_run, corpus, tmp_path):
+    gates = [tmp_path / f"gate-{seed}" for seed in (1, 2)]
+    for seed, folder in enumerate(gates, 1):
+        done = run("depth_map.py", "gate", looped_run, folder, "--data", corpus, "--steps", 4, "--seed", seed)
+        assert done.returncode == 0, done.stderr
+    done = run("depth_map.py", "frontier", *gates, "--data", corpus, "--exit", "random", "--threshold", 0.5,
+               "--points", 1, "--rows", 4, "--png", tmp_path / "f.png", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout).values()
+    assert {p["rule"] for p in first} == {frontier.ALL, "random", "gate"} and (tmp_path / "f.png").exists()
+    assert [(p["rule"], p["threshold"]) for p in second[1:]] == [("gate", 0.5)]
+
+
 # == the page ======================================================================================================
 
 NASTY = "<script>alert(1)</script> & \"quoted\" </span><img src=x onerror=alert(2)> 'é' \u2028 end"
