@@ -199,15 +199,15 @@ def frontier(a: FrontierArguments) -> dict:
             chosen.append(("gate", a.threshold))
         found[looped.name] = curves.measure(looped, given, chosen, a.repeats)
     if a.png:
-        lines = {}
+        lines, apart = {}, {}
         same = [p for points in found.values() for p in points if (p.rule, p.threshold) == ("gate", a.threshold)]
         if len(same) > 1:  # of runs that differ in what depth cost them
-            lines[f"each run's gate at {a.threshold:g}"] = same
+            apart[f"each run's gate at {a.threshold:g}"] = same
         for run, points in found.items():
             for name in dict.fromkeys(p.rule for p in points[1:]):
                 label = name if len(found) == 1 or a.threshold is not None else f"{name}, {run}"
                 lines.setdefault(label, [*(p for p in points if p.rule == name), points[0]])
-        curves.draw(Path(a.png), lines)
+        curves.draw(Path(a.png), lines, apart)
     return {run: [asdict(p) for p in points] for run, points in found.items()}
 
 

@@ -151,8 +151,9 @@ def table(points: list[Point]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, curves: dict[str, list[Point]]) -> None:
-    """Bits per byte against mean depth, a curve each. Raises UsageError where the picture cannot be written."""
+def draw(path: Path, curves: dict[str, list[Point]], apart: dict[str, list[Point]]) -> None:
+    """Bits per byte against mean depth: a curve each, and points that no curve joins. Raises UsageError where the
+    picture cannot be written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -162,6 +163,8 @@ def draw(path: Path, curves: dict[str, list[Point]]) -> None:
     for name, points in curves.items():
         points = sorted(points, key=lambda p: p.mean_depth)
         axes.plot([p.mean_depth for p in points], [p.bpb for p in points], marker="o", markersize=4, label=name)
+    for name, points in apart.items():
+        axes.plot([p.mean_depth for p in points], [p.bpb for p in points], "k*", markersize=9, label=name)
     axes.set_xlabel("loops a token")
     axes.set_ylabel("bits per byte")
     axes.legend()
