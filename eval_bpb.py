@@ -25,12 +25,11 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import numpy as np
 import tyro
 
-from golf import evidence, folders, prove, records, submission, validation
+from golf import evidence, folders, prove, records, rescore, submission, validation
 from golf.bpb import Score
 from golf.config import TRACKS
 from golf.console import parse, printable, run_script
@@ -324,30 +323,12 @@ def main() -> int:
     arguments = parse(tyro.cli, JudgeArguments, prog="eval_bpb.py", args=words)
     with contextlib.ExitStack() as stack:
         if arguments.exit:
-            arguments = replace(arguments, folder=str(with_exit(arguments, stack)))
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="golf-exit-")))
+            copy = rescore.with_exit(Path(arguments.folder), place, arguments.exit, arguments.threshold)
+            arguments = replace(arguments, folder=str(copy))
         elif arguments.threshold:
             raise UsageError(f"--threshold {arguments.threshold:g}: name a rule with --exit.")
         return judge_folder(arguments)
-
-
-def with_exit(arguments: JudgeArguments, stack: contextlib.ExitStack) -> Path:
-    """A copy of the folder, which lives as long as `stack`, whose tokens stop by the rule asked for. Raises UsageError.
-
-    Seconds and score are the referee's; artifact.py rescore makes the same copy to keep.
-    """
-    from golf.checks import check_threshold
-    from golf.codec import read_header
-    from golf.recipe import Scoring
-    from golf.rescore import read_artifact, rescored
-
-    if arguments.exit not in get_args(get_type_hints(Scoring)["exit"]):
-        names = ", ".join(get_args(get_type_hints(Scoring)["exit"])[1:])
-        raise UsageError(f"--exit {arguments.exit:.60}: give one of {names}.")
-    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="golf-exit-")))
-    source = Path(arguments.folder)
-    check_threshold(arguments.exit, arguments.threshold, read_header(read_artifact(source))[0])
-    rescored(source, place / source.name, {"exit": arguments.exit, "exit_threshold": arguments.threshold})
-    return place / source.name
 
 
 def judge_folder(arguments: JudgeArguments) -> int:

@@ -20,11 +20,9 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # answer before
     sys.exit(run_script(lambda: parse_command_line(sys.argv[1:])))
 
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -41,12 +39,13 @@ from golf.config import Config, changed
 from golf.data import Corpus, TokenStream, ahead, batches
 from golf.errors import UsageError
 from golf.files import write_bytes
+from golf.guard import Interrupt, Result, Rollback
 from golf.machine import Machine, accumulate, compile_model, peak_memory, set_up, warm_up_in_memory
 from golf.model import RecurrentGPT
 from golf.noise import GridNoise
 from golf.objective import Objective, pass_statistics
 from golf.overlap import optimizers_for
-from golf.quantize import Sensitivity, quantize
+from golf.quantize import quantize
 from golf.recipe import Scoring, said_pace
 from golf.scoring import Scorer
 
@@ -63,77 +62,6 @@ def load_scorer(folder: Path | str) -> Scorer:
 
 
 # == training ====================================================================================================
-
-
-@dataclass
-class Result:
-    """What training leaves."""
-
-    model: RecurrentGPT
-    status: str = "complete"  # complete | interrupted | crash
-    reason: str = ""
-    steps: int = 0
-    tokens: int = 0
-    train_seconds: float = 0.0
-    step_seconds: float = 0.0  # of them without the calibration
-    loss: float = float("nan")
-    peak_memory: int = 0
-    updating: bool = False  # between the first and the last weight of an update
-    sensitivities: dict[str, Sensitivity] | None = None
-
-
-class Rollback:
-    """The weights, their average and the count of steps before the last update, to return to when it must not stand."""
-
-    def __init__(self, result: Result, average: WeightAverage):
-        self.result, self.average = result, average
-        self.weights = [t.detach().clone() for t in self.tensors()]
-        self.counts, self.progress = (0, 0, 0.0, float("nan")), average.progress
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [*self.result.model.parameters(), *self.average.average]
-
-    @torch.no_grad()
-    def remember(self) -> None:
-        """Before an update: keep the weights, whose loss has just been found finite."""
-        torch._foreach_copy_(self.weights, self.tensors())
-        self.progress = self.average.progress
-        self.counts = (self.result.steps, self.result.tokens, self.result.train_seconds, self.result.loss)
-
-    @torch.no_grad()
-    def take_back(self) -> None:
-        """Undo the last update."""
-        torch._foreach_copy_(self.tensors(), self.weights)
-        self.average.progress, self.result.updating = self.progress, False
-        self.result.steps, self.result.tokens, self.result.train_seconds, self.result.loss = self.counts
-
-
-class Interrupt:
-    """Whether Ctrl-C or SIGTERM has asked the run to end. A second one, later than a launcher's echo of the first,
-    ends the program at once."""
-
-    ECHO_SECONDS = 5.0
-
-    def __init__(self) -> None:
-        self.asked_at: float | None = None
-
-    @property
-    def asked(self) -> bool:
-        return self.asked_at is not None
-
-    @contextmanager
-    def watched(self) -> Iterator[Interrupt]:
-        before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def handle(self, number: int, frame: object) -> None:
-        if self.asked_at is not None and time.monotonic() - self.asked_at > self.ECHO_SECONDS:
-            raise KeyboardInterrupt
-        self.asked_at = self.asked_at or time.monotonic()
 
 
 @torch.no_grad()
@@ -153,138 +81,170 @@ def validate(
     return Score(nats, int(count), text_bytes)
 
 
-def train(
-    config: Config, corpus: Corpus, machine: Machine, interrupt: Interrupt, report: Callable[[dict], None],
-    keeper: object = None,
-) -> Result:  # fmt: skip
-    """Train until the clock or the step count says stop. `report` receives one dict an event, on every rank. A keeper
-    (golf.resume) puts back what an earlier run kept, and keeps what this one needs to go on."""
-    shape, recipe, run = config.shape, config.recipe, config.run
-    torch.manual_seed(run.seed)
-    model = RecurrentGPT(shape).initialize(recipe, run.seed).to(machine.device)
-    optimizers = optimizers_for(model, recipe, run.overlap, machine.dtype)
-    compile_model(model, machine.compile)
-    stream = TokenStream(corpus.shards("train"), shape.vocab_size)
-    began = time.perf_counter()
-    micro_rows = warm_up_in_memory(model, optimizers, config, machine, report)
-    reserve, ending = rehearse(model, config, machine, micro_rows)
-    report({
-        "event": "warm-up", "seconds": round(time.perf_counter() - began, 2), "micro_rows": micro_rows,
-        "reserve": round(reserve, 2),
-    })  # fmt: skip
+class Training:
+    """Training until the clock or the step count says stop: run() leaves a Result.
 
-    result = Result(model)
-    average, objective, noise = WeightAverage(model, recipe.average), Objective(config), GridNoise(model, config)
-    rollback = Rollback(result, average)
-    pace = Pace(said_pace(run.pace))
-    now = pace.now if run.pace else machine.now
-    timed = Clock(config.train_seconds, min(reserve, config.train_seconds / 2), machine.largest, now)
-    clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
-    if keeper:
-        keeper.begin(model, optimizers, clock, average, objective, noise, result, rollback)
-        rollback.remember()  # a run that goes on falls back to where it does
+    `report` receives one dict an event, on every rank. A keeper (golf.resume) puts back what an earlier run kept, and
+    keeps what this one needs to go on.
+    """
 
-    source = batches(
-        stream, recipe.batch_tokens, recipe.sequence_length, recipe.loader, machine.rank, machine.world, micro_rows,
-        result.steps,
-    )  # fmt: skip
-    if machine.device.type != "cpu":  # a processor has nothing to do beside
-        source = ahead(source)
-    while (progress := clock.begin_step()) is not None:
-        if machine.largest(interrupt.asked):
-            result.status, result.reason = "interrupted", "asked to stop"
-            if keeper:
-                keeper.keep()
-            break
-        loops = shape.loops if progress >= recipe.loops_from else 1
-        optimizers.zero_grad()
-        objective.begin(progress)
-        with noise.added(progress):
-            batch = next(source)
-            local_loss = accumulate(model, batch, machine, loops, objective)
-        if run.pace:
-            pace.tick(loops)
-        optimizers.reduce_gradients()
-        norm, told = optimizers.gradient_norm(), objective.told(model)
+    def __init__(
+        self, config: Config, corpus: Corpus, machine: Machine, report: Callable[[dict], None],
+        keeper: object = None,
+    ):  # fmt: skip
+        """Warm up, and begin or go on. Raises UsageError."""
+        self.config, self.corpus, self.machine, self.report, self.keeper = config, corpus, machine, report, keeper
+        shape, recipe, run = config.shape, config.recipe, config.run
+        torch.manual_seed(run.seed)
+        self.model = RecurrentGPT(shape).initialize(recipe, run.seed).to(machine.device)
+        self.optimizers = optimizers_for(self.model, recipe, run.overlap, machine.dtype)
+        compile_model(self.model, machine.compile)
+        stream = TokenStream(corpus.shards("train"), shape.vocab_size)
+        began = time.perf_counter()
+        micro_rows = warm_up_in_memory(self.model, self.optimizers, config, machine, report)
+        self.reserve, self.ending = rehearse(self.model, config, machine, micro_rows)
+        report({
+            "event": "warm-up", "seconds": round(time.perf_counter() - began, 2), "micro_rows": micro_rows,
+            "reserve": round(self.reserve, 2),
+        })  # fmt: skip
+
+        self.result, self.average = Result(self.model), WeightAverage(self.model, recipe.average)
+        self.objective, self.noise = Objective(config), GridNoise(self.model, config)
+        self.rollback = Rollback(self.result, self.average)
+        self.pace = Pace(said_pace(run.pace))
+        now = self.pace.now if run.pace else machine.now
+        timed = Clock(config.train_seconds, min(self.reserve, config.train_seconds / 2), machine.largest, now)
+        self.clock: Clock | StepCounter = StepCounter(run.max_steps) if run.max_steps else timed
+        if keeper:
+            keeper.begin(self.model, self.optimizers, self.clock, self.average, self.objective, self.noise, self.result,
+                         self.rollback)  # fmt: skip
+            self.rollback.remember()  # a run that goes on falls back to where it does
+        source = batches(
+            stream, recipe.batch_tokens, recipe.sequence_length, recipe.loader, machine.rank, machine.world, micro_rows,
+            self.result.steps,
+        )  # fmt: skip
+        self.source = ahead(source) if machine.device.type != "cpu" else source  # a processor has nothing to do beside
+
+    def run(self, interrupt: Interrupt) -> Result:
+        """All steps, then the averaged weights and their sensitivities."""
+        result, recipe = self.result, self.config.recipe
+        while (progress := self.clock.begin_step()) is not None:
+            if self.machine.largest(interrupt.asked):
+                result.status, result.reason = "interrupted", "asked to stop"
+                if self.keeper:
+                    self.keeper.keep()
+                break
+            loops = self.config.shape.loops if progress >= recipe.loops_from else 1
+            loss, norm, told = self.gradients(progress, loops)
+            if not (np.isfinite(loss) and np.isfinite(norm)):
+                result.status, result.reason = "crash", f"loss {loss}, gradient norm {norm} at step {result.steps + 1}"
+                self.rollback.take_back()  # the update that led here
+                break
+            if (seconds := self.update(progress)) is None:
+                break
+            result.steps += 1
+            result.tokens += recipe.batch_tokens
+            result.loss, result.train_seconds = loss, self.clock.elapsed()
+            result.step_seconds = result.train_seconds
+            self.report({
+                "event": "step", "step": result.steps, "loss": round(loss, 5),
+                "elapsed": round(result.train_seconds, 3), "ms": round(seconds * 1e3, 1),
+                "progress": round(progress, 5), "loops": loops, "rate_scale": round(recipe.rate_scale(progress), 4),
+                "gradient_norm": round(norm, 4), "tokens": result.tokens, "limit": self.config.train_seconds, **told,
+            })  # fmt: skip
+            self.after_step(loops)
+        self.finish()
+        return result
+
+    def gradients(self, progress: float, loops: int) -> tuple[float, float, dict]:
+        """Every parameter's .grad from the next batch: the mean of all ranks, its global norm, and what the objective
+        tells of this rank."""
+        recipe, machine = self.config.recipe, self.machine
+        self.optimizers.zero_grad()
+        self.objective.begin(progress)
+        with self.noise.added(progress):
+            self.batch = next(self.source)
+            local_loss = accumulate(self.model, self.batch, machine, loops, self.objective)
+        if self.config.run.pace:
+            self.pace.tick(loops)
+        self.optimizers.reduce_gradients()
+        norm, told = self.optimizers.gradient_norm(), self.objective.told(self.model)
         if recipe.target_depth and loops > 1:
-            objective.steer(machine.total([told["mean_depth"]])[0] / machine.world)
-        loss = machine.total([float(local_loss)])[0] / machine.world
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            result.status, result.reason = "crash", f"loss {loss}, gradient norm {norm} at step {result.steps + 1}"
-            rollback.take_back()  # the update that led here
-            break
+            self.objective.steer(machine.total([told["mean_depth"]])[0] / machine.world)
+        return machine.total([float(local_loss)])[0] / machine.world, norm, told
+
+    def update(self, progress: float) -> float | None:
+        """The weights' update and the step's seconds; none where it would end, or has ended, after the cap."""
+        clock, result = self.clock, self.result
         if not clock.may_update():
-            report({"event": "abandoned", "step": result.steps + 1, "elapsed": round(clock.elapsed(), 3)})
-            break
-        rollback.remember()
+            self.report({"event": "abandoned", "step": result.steps + 1, "elapsed": round(clock.elapsed(), 3)})
+            return None
+        self.rollback.remember()
         result.updating = True
-        optimizers.step(progress)
-        average.follow(progress)
+        self.optimizers.step(progress)
+        self.average.follow(progress)
         result.updating = False
         seconds = clock.end_step()
         if clock.late:
-            report({"event": "late", "step": result.steps + 1, "elapsed": round(clock.elapsed(), 3)})
-            rollback.take_back()
-            break
-        result.steps += 1
-        result.tokens += recipe.batch_tokens
-        result.loss, result.train_seconds = loss, clock.elapsed()
-        result.step_seconds = result.train_seconds
-        report({
-            "event": "step", "step": result.steps, "loss": round(loss, 5),
-            "elapsed": round(result.train_seconds, 3), "ms": round(seconds * 1e3, 1),
-            "progress": round(progress, 5), "loops": loops, "rate_scale": round(recipe.rate_scale(progress), 4),
-            "gradient_norm": round(norm, 4), "tokens": result.tokens, "limit": config.train_seconds, **told,
+            self.report({"event": "late", "step": result.steps + 1, "elapsed": round(clock.elapsed(), 3)})
+            self.rollback.take_back()
+            return None
+        return seconds
+
+    def after_step(self, loops: int) -> None:
+        """What is due now: statistics of the passes, a checkpoint, a look at the validation text."""
+        run, step, machine = self.config.run, self.result.steps, self.machine
+        if loops > 1 and run.log_every and step % run.log_every == 0 and machine.rank == 0:
+            statistics = pass_statistics(self.model, self.batch[0][0][:1], machine.dtype, loops)
+            self.report({"event": "passes", "step": step, **statistics})
+        if self.keeper:
+            self.keeper.after_step()
+        if run.validate_every and step % run.validate_every == 0:
+            with self.clock.paused():
+                score = validation_score(self.model, self.corpus, self.config, machine)
+                self.report({"event": "validation", "step": step, "val_loss": score.loss, "val_bpb": score.bpb})
+
+    def finish(self) -> None:
+        """After the last step: no weights that are not numbers, the average in their place, their sensitivities."""
+        result, config = self.result, self.config
+        self.settle()
+        if result.steps and result.status != "crash":
+            self.average.install()
+        self.report({
+            "event": "trained", "status": result.status, "reason": result.reason, "steps": result.steps,
+            "tokens": result.tokens, "train_seconds": round(result.train_seconds, 3),
+            "left_out": round(self.clock.left_out, 3),
         })  # fmt: skip
-        if loops > 1 and run.log_every and result.steps % run.log_every == 0 and machine.rank == 0:
-            report({"event": "passes", "step": result.steps, **pass_statistics(
-                model, batch[0][0][:1], machine.dtype, loops)})  # fmt: skip
-        if keeper:
-            keeper.after_step()
-        if run.validate_every and result.steps % run.validate_every == 0:
-            with clock.paused():
-                score = validation_score(model, corpus, config, machine)
-                report({"event": "validation", "step": result.steps, "val_loss": score.loss, "val_bpb": score.bpb})
-    settle(result, rollback, config, reserve)
-    if result.steps and result.status != "crash":
-        average.install()
-    report({
-        "event": "trained", "status": result.status, "reason": result.reason, "steps": result.steps,
-        "tokens": result.tokens, "train_seconds": round(result.train_seconds, 3), "left_out": round(clock.left_out, 3),
-    })  # fmt: skip
-    if config.pack.calibration_batches and result.steps:
-        seconds, batches_done = collect_sensitivities(result, source, config, machine, clock, ending)
-        report({
-            "event": "calibrated", "batches": batches_done, "seconds": round(seconds, 2), "reserve": round(reserve, 2),
-        })  # fmt: skip
-    result.peak_memory = peak_memory(machine.device)
-    return result
+        if config.pack.calibration_batches and result.steps:
+            seconds, done = self.collect_sensitivities()
+            self.report({
+                "event": "calibrated", "batches": done, "seconds": round(seconds, 2), "reserve": round(self.reserve, 2),
+            })  # fmt: skip
+        result.peak_memory = peak_memory(self.machine.device)
 
+    def settle(self) -> None:
+        """Weights that are not numbers are taken back, and a run that made no step is no run."""
+        result = self.result
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            result.status, result.reason = "crash", f"weights not finite after step {result.steps}"
+            self.rollback.take_back()
+        elif not result.steps and result.status == "complete":
+            why = (f"no step ends within {self.config.train_seconds:g} s, of which {self.reserve:.1f} s are kept for "
+                   "calibration: give a longer --run.cap, or fewer --pack.calibration-batches")  # fmt: skip
+            result.status, result.reason = "crash", why
 
-def collect_sensitivities(
-    result: Result, source: Iterator, config: Config, machine: Machine, clock: Clock | StepCounter, ending: float
-) -> tuple[float, int]:  # fmt: skip
-    """Calibrate on batches that follow the last step, inside the clock: the seconds it took, and how many were done."""
-    began = clock.elapsed()
-    limit = float("inf") if config.run.max_steps or config.run.pace else config.train_seconds
-    left = lambda: limit - clock.elapsed()  # noqa: E731
-    result.sensitivities, done = calibrate(result.model, source, config, machine, left, ending)
-    seconds = machine.largest(clock.elapsed()) - began
-    if done:
-        result.train_seconds = began + seconds
-    return seconds, done
-
-
-def settle(result: Result, rollback: Rollback, config: Config, reserve: float) -> None:
-    """After the last step: weights that are not numbers are taken back, and a run that made no step is no run."""
-    if not all(torch.isfinite(p).all() for p in result.model.parameters()):
-        result.status, result.reason = "crash", f"weights not finite after step {result.steps}"
-        rollback.take_back()
-    elif not result.steps and result.status == "complete":
-        result.status, result.reason = "crash", (
-            f"no step ends within {config.train_seconds:g} s, of which {reserve:.1f} s are kept for calibration: give "
-            "a longer --run.cap, or fewer --pack.calibration-batches"
-        )
+    def collect_sensitivities(self) -> tuple[float, int]:
+        """Calibrate on batches that follow the last step, inside the clock: the seconds it took, and how many were
+        done."""
+        config, clock, result = self.config, self.clock, self.result
+        began = clock.elapsed()
+        limit = float("inf") if config.run.max_steps or config.run.pace else config.train_seconds
+        left = lambda: limit - clock.elapsed()  # noqa: E731
+        result.sensitivities, done = calibrate(self.model, self.source, config, self.machine, left, self.ending)
+        seconds = self.machine.largest(clock.elapsed()) - began
+        if done:
+            result.train_seconds = began + seconds
+        return seconds, done
 
 
 def validation_score(model: RecurrentGPT, corpus: Corpus, config: Config, machine: Machine) -> Score:
@@ -353,7 +313,7 @@ def main() -> int:
         words = last_words.LastWords(folder, config, corpus, machine, log, keeper)
         with watchdog.Watchdog(machine.rank, machine.world, words.lost) as words.dog:
             try:
-                result = train(config, corpus, machine, interrupt, words.told, keeper)
+                result = Training(config, corpus, machine, words.told, keeper).run(interrupt)
                 if machine.rank == 0:
                     with words.weights_kept(result):
                         try:

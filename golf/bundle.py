@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
     "errors", "shape", "recipe", "checks", "config", "files", "halting", "loss", "block", "model", "objective",
     "trellis", "grid", "rans", "entropy", "reference", "codec", "quantize", "muon", "overlap", "data", "bpb", "clock",
-    "machine", "calibrate", "noise", "average", "ngrams", "exits", "scoring",
+    "machine", "calibrate", "noise", "average", "guard", "ngrams", "exits", "scoring",
 )  # fmt: skip
 PACKAGES = {"torch", "numpy", "sentencepiece", "zstandard", *sys.stdlib_module_names}
 KEPT = ("load_scorer", "main", "CONFIG")
@@ -60,7 +60,7 @@ def main() -> int:
             print(json.dumps(row), flush=True)
 
     with Interrupt().watched() as interrupt:
-        result = train(config, corpus, machine, interrupt, report)
+        result = Training(config, corpus, machine, report).run(interrupt)
         if machine.rank == 0:
             pack(result, config, path, here.stat().st_size, report)
         score = validation_score(result.model, corpus, config, machine)

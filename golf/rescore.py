@@ -6,9 +6,10 @@ import contextlib
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from golf import folders, records
-from golf.checks import check_scoring
+from golf.checks import check_scoring, check_threshold
 from golf.codec import read_header, with_note
 from golf.config import changed, fields_from_dict
 from golf.errors import UsageError
@@ -52,3 +53,13 @@ def rescored(
         new = replace(new, fingerprint=records.config_of(new).fingerprint)
     records.write(target, new)
     return new
+
+
+def with_exit(source: Path, place: Path, rule: str, threshold: float) -> Path:
+    """A copy of a run folder, in `place`, whose tokens stop by a rule at its threshold. Raises UsageError."""
+    rules = get_args(get_type_hints(Scoring)["exit"])
+    if rule not in rules:
+        raise UsageError(f"--exit {rule:.60}: give one of {', '.join(rules[1:])}.")
+    check_threshold(rule, threshold, read_header(read_artifact(source))[0])
+    rescored(source, place / source.name, {"exit": rule, "exit_threshold": threshold})
+    return place / source.name

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from golf.config import Config
 from golf.data import Corpus
 from golf.errors import UsageError
 from golf.files import write_bytes
+from golf.guard import Result, Rollback
 from golf.machine import Machine
 from golf.model import RecurrentGPT
 from golf.muon import Optimizers
@@ -46,8 +47,8 @@ class Loop(NamedTuple):
     average: WeightAverage
     objective: Objective
     noise: GridNoise
-    result: Any  # train_gpt.Result
-    rollback: Any  # train_gpt.Rollback, of the last update
+    result: Result
+    rollback: Rollback  # of the last update
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name; those that ranks hold parts of come whole, so that all ranks must ask."""
