@@ -62,6 +62,7 @@ def claims(submission: Submission, validation: Validation, sheet: Sheet, officia
         sheet.note(9, f"{stuffed:,} of them in a tokenizer of its own, beyond {USUAL_BYTES} a piece")
     sheet.see(10, record.train_seconds <= limits.train_seconds,
               f"it was trained for {record.train_seconds:g} s, {limits.train_seconds:g} allowed")  # fmt: skip
+    sheet.note(10, f"it says that it was trained for {record.train_seconds:g} of {limits.train_seconds:g} s")
 
 
 def hashes(tokens: np.ndarray, length: int) -> np.ndarray:
