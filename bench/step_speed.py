@@ -1,6 +1,6 @@
 """A training step against a plain PyTorch float32 trainer, and against the machine's own rate of matrix products.
 
-    python bench/step_speed.py [--data data/builtin] [--widths 128,192] [--rounds 7] [--json]
+    python bench/step_speed.py [--data data/builtin] [--widths 128,192] [--batch-tokens 4096] [--rounds 7] [--json]
 
 For each width, in turn, several rounds, medians compared: the plain trainer, ours in float32 and in the machine's fast
 type, optimiser and data included; and a step's matrix products alone, forward and backward, in that type. The plain
@@ -130,17 +130,19 @@ def main() -> None:
     parser.add_argument("--data", default="data/builtin")
     parser.add_argument("--preset", default="laptop")
     parser.add_argument("--widths", default="128,192")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of a step; the preset's unless given")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     corpus, preset, found = Corpus(arguments.data, "--data"), PRESETS[arguments.preset], []
+    recipe = replace(preset.recipe, batch_tokens=arguments.batch_tokens or preset.recipe.batch_tokens)
     for width in map(int, arguments.widths.split(",")):
         heads = max(1, width // 64)
         shape = replace(
             preset.shape, width=width, heads=heads, kv_heads=1 if heads % 2 else heads // 2,
             vocab_size=corpus.vocab_size,
         )  # fmt: skip
-        config = replace(preset, shape=shape).check()
+        config = replace(preset, shape=shape, recipe=recipe).check()
         found.append(compare(config, arguments.data, arguments.rounds))
         torch._dynamo.reset()
     if arguments.json:

@@ -56,7 +56,7 @@ def small_corpus(out: Path, texts: list[sources.Document], validation_bytes: int
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory, library_texts: list[sources.Document]) -> Path:
     """A small prepared corpus of standard-library text."""
-    return small_corpus(tmp_path_factory.mktemp("corpus"), library_texts, 40_000)
+    return small_corpus(tmp_path_factory.mktemp("corpus"), library_texts, 20_000)
 
 
 @pytest.fixture(scope="session")

@@ -193,6 +193,7 @@ CHEATS = {
     "target_in_key": Entry(3),
     "wrong_denominator": Entry(3),
     "oracle_expert": Entry(2),
+    "depth_by_capacity": Entry(1),
     "target_gated": Entry(2),
     "scored_positions": Entry(1),
     "spaces_twice": Entry(7, prepare=claim_bytes(1.167), source="honest_bigram"),

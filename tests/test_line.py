@@ -266,7 +266,7 @@ def test_warm_up_restores_everything(corpus):
 
 
 def test_a_clocked_run_stops_before_its_cap_and_leaves_validation_out(corpus, tmp_path):
-    flags = ["--run.cap", 4, "--run.validate-every", 40, "--run.data", corpus, "--run.no-judge",
+    flags = ["--run.cap", 4, "--run.validate-every", 10, "--run.data", corpus, "--run.no-judge",
              "--pack.calibration-batches", 4]  # fmt: skip
     done = run("train_gpt.py", "smoke", *TINY, *flags, "--run.runs", tmp_path)
     assert done.returncode == 0, done.stderr
