@@ -310,7 +310,7 @@ def main() -> int:
     with Interrupt().watched() as interrupt, journal.Journal(folder, machine.rank) as log:
         log.write(journal.start_row(folder, config, corpus, machine.__dict__, len(code["train_gpt.py"])))
         keeper = resume.Keeper(folder, config, corpus, machine, log.write)
-        words = last_words.LastWords(folder, config, corpus, machine, log, keeper)
+        words = last_words.LastWords(folder, config, corpus, machine, log, keeper, len(code["train_gpt.py"]))
         with watchdog.Watchdog(machine.rank, machine.world, words.lost) as words.dog:
             try:
                 result = Training(config, corpus, machine, words.told, keeper).run(interrupt)

@@ -18,12 +18,14 @@ from golf.errors import UsageError
 from golf.journal import Journal
 from golf.machine import Machine, is_out_of_memory
 from golf.resume import Keeper
+from golf.spare import Spare, needed
 from golf.watchdog import Watchdog
 
 
 @dataclass
 class LastWords:
-    """Knows the run; its keeper knows the loop once that has begun."""
+    """Knows the run; its keeper knows the loop once that has begun. Holds room on the disk for what will be left.
+    Raises UsageError where there is none."""
 
     folder: Path
     config: Config
@@ -31,12 +33,14 @@ class LastWords:
     machine: Machine
     log: Journal
     keeper: Keeper
+    code_bytes: int
     saved: bool = False
     trained: bool = False
     dog: Watchdog | None = None
 
     def __post_init__(self) -> None:
         self.one_at_a_time = threading.Lock()
+        self.spare = Spare(self.folder, needed(self.config, self.code_bytes)) if self.machine.rank == 0 else None
 
     def told(self, row: dict) -> None:
         """An event of training: logged, and known to the watchdog."""
@@ -48,6 +52,7 @@ class LastWords:
     def weights_kept(self, result: object) -> Iterator[None]:
         """While the artifact is made the weights stand beside it, where they are asked for or the run was interrupted,
         whose launcher may not wait so long."""
+        self.spare.release()
         if self.config.run.checkpoint or (result.status == "interrupted" and result.steps):
             records.write_checkpoint(self.folder, result)
         yield
@@ -67,6 +72,8 @@ class LastWords:
             if self.saved or loop is None or not loop.result.steps:
                 return ""
             self.saved = True
+            if self.spare:
+                self.spare.release()
             if loop.result.updating:  # half an update is none
                 loop.rollback.take_back()
             loop.result.status, loop.result.reason = "crash", reason

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -189,8 +193,10 @@ def test_a_rank_that_stands_still_while_others_wait_is_named(corpus, tmp_path, h
         run_.names("rank 1: it has stood in step", began)
         run_.nothing_half_written()
         record = record_of(run_.folder)
-        assert record["status"] == "crash" and "rank 1" in record["reason"]
-        assert (run_.folder / "checkpoint.safetensors").exists()
+        assert record["status"] == "crash"
+        assert int(re.search(r"rank 1: it has stood in step (\d+)", record["reason"])[1]) == steps_of(run_.folder) + 1
+        weights = read_tensors(run_.folder / "checkpoint.safetensors")[1]
+        assert all(np.isfinite(w).all() for w in weights.values())
 
 
 @pytest.mark.parametrize(("lost", "what", "why"), [
@@ -215,6 +221,9 @@ def test_all_ranks_killed_leave_a_log_and_checkpoints_to_go_on_from(corpus, tmp_
             process.kill()
         run_.ends()
         run_.nothing_lives()
+        seen = max(int(line.split()[1]) for _, line in run_.lines if line.startswith("step"))
+        assert steps_of(run_.folder) >= seen >= 8
+        assert len(list((run_.folder / "states").glob("*.safetensors"))) == 2
         assert [r.status for r in run_list.started(tmp_path)] == ["lost"]
         run_.nothing_half_written()
         folder = run_.folder
@@ -236,6 +245,17 @@ def test_a_signal_to_the_launcher_ends_all_with_what_there_is(corpus, tmp_path, 
         assert record["status"] == "interrupted" and record["steps"] >= 5 and (run_.folder / "model.bin").exists()
 
 
+def test_a_run_of_ranks_that_is_stopped_is_judged_too(corpus, tmp_path):
+    with Launched(corpus, tmp_path, 2, "--pack.calibration-batches", 0, "--run.judge") as run_:
+        run_.reaches(5)
+        run_.process.send_signal(signal.SIGTERM)
+        run_.ends()
+        run_.nothing_lives()
+        record = record_of(run_.folder)
+        assert record["status"] == "interrupted" and record["val_bpb"] > 0, run_.text[-2000:]
+        assert json.loads((run_.folder / "verdict.json").read_text())["valid"]
+
+
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_rank_ends_all_with_what_there_is(corpus, tmp_path, number, how):
@@ -254,8 +274,6 @@ def test_a_signal_to_one_rank_ends_all_with_what_there_is(corpus, tmp_path, numb
 
 
 def copy_of(corpus: Path, place: Path) -> Path:
-    import shutil
-
     shutil.copytree(corpus, place / "data")
     return place / "data"
 
@@ -285,8 +303,9 @@ def test_a_shard_that_is_spoilt_during_the_run_is_named_and_the_weights_are_kept
                     file.write(bytes(path.stat().st_size - 1024))  # tokens that there are
         said = ".bin was cut to 5,000 bytes" if fault == "cut" else ".bin was written to while"
         run_.says(said)
+        assert "\nerror: " in run_.text
         assert run_.ends() in ((2,) if ranks == 1 else (1, 2))  # a launcher has codes of its own
-        assert ranks > 1 or "Traceback" not in run_.text
+        assert ranks > 1 or ("Traceback" not in run_.text and run_.text.count("\nerror: ") == 1)
         assert record_of(run_.folder)["status"] == "crash" and (run_.folder / "checkpoint.safetensors").exists()
 
 
@@ -303,6 +322,17 @@ def test_memory_that_runs_out_later_is_a_sentence_and_keeps_the_weights(corpus, 
         assert run_.text.count("Memory ran out") == 1 and said in run_.text and "Traceback" not in run_.text
 
 
+def test_memory_that_runs_out_in_packing_is_a_sentence_and_keeps_the_weights(corpus, tmp_path):
+    plant = "import train_gpt\ndef pack(*rest):\n    raise MemoryError\ntrain_gpt.pack = pack\n"
+    with Launched(corpus, tmp_path, 1, "--run.max-steps", 5, "--pack.calibration-batches", 0, plant=plant) as run_:
+        assert run_.ends() == 2 and "Traceback" not in run_.text, run_.text[-3000:]
+        assert run_.text.count("error: ") == 1 and "error: Memory ran out after training" in run_.text
+        record = record_of(run_.folder)
+        assert record["status"] == "crash" and record["reason"] == "out of memory after training"
+        assert record["steps"] == 5 and read_tensors(run_.folder / "checkpoint.safetensors")
+        run_.nothing_half_written()
+
+
 def test_memory_that_is_too_small_from_the_start_is_a_sentence(corpus, tmp_path):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (1_450_000_000, resource.RLIM_INFINITY))
@@ -317,15 +347,66 @@ def test_memory_that_is_too_small_from_the_start_is_a_sentence(corpus, tmp_path)
 
 
 def test_a_full_disk_costs_the_log_and_not_the_run(corpus, tmp_path):
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-
-    more = ("--run.max-steps", 2500, "--pack.calibration-batches", 0, "--run.log-every", 500)
-    with Launched(corpus, tmp_path, 1, *more, before=limit) as run_:
+    """A limit on what a file may hold stands for a full disk, where no file system can be mounted."""
+    more = ("--run.max-steps", 2500, "--pack.calibration-batches", 0)
+    with Launched(corpus, tmp_path, 1, *more) as run_:
+        run_.reaches(20)
+        psutil.Process(run_.process.pid).rlimit(psutil.RLIMIT_FSIZE, (300_000, 300_000))
         assert run_.ends(300) == 0, run_.text[-2000:]
         assert "the log cannot be written (File too large)" in run_.text
         assert record_of(run_.folder)["steps"] == 2500 and (run_.folder / "model.bin").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 8 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_disk_that_fills_up_costs_log_rows_and_checkpoints_and_not_the_run(corpus, small_disk):
+    """The room for what a run leaves was held from its start."""
+    more = ("--run.max-steps", 200, "--run.keep-every", 20, "--pack.calibration-batches", 0, "--run.judge")
+    with Launched(corpus, small_disk, 1, *more) as run_:
+        run_.reaches(45)
+        with open(small_disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(1 << 12)):
+                pass
+        assert run_.ends() == 0 and "Traceback" not in run_.text, run_.text[-3000:]
+        assert "the log cannot be written (No space left on device)" in run_.text
+        assert "no checkpoint at step 60: No space left on device" in run_.text
+        record = record_of(run_.folder)
+        assert record["status"] == "complete" and record["steps"] == 200 and record["val_bpb"] > 0
+        assert load_artifact(run_.folder / "model.bin") and (run_.folder / "report.html").exists()
+        assert steps_of(run_.folder) >= 45
+        run_.nothing_half_written()
+
+
+def test_a_disk_that_fills_up_keeps_the_weights_of_a_run_that_is_lost(corpus, small_disk):
+    with Launched(corpus, small_disk, 2) as run_:
+        run_.reaches(5)
+        with open(small_disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(1 << 12)):
+                pass
+        run_.rank(1).kill()
+        assert run_.ends() != 0
+        record = record_of(run_.folder)
+        assert record["status"] == "crash" and "rank 1" in record["reason"]
+        assert read_tensors(run_.folder / "checkpoint.safetensors")
+        run_.nothing_half_written()
+
+
+def test_a_disk_without_the_room_that_a_run_needs_is_refused_before_any_time_is_spent(corpus, small_disk):
+    with open(small_disk / "filler", "wb") as filler:
+        filler.write(bytes(7_000_000))
+    with Launched(corpus, small_disk, 1) as run_:
+        assert run_.ends() == 2 and "step" not in run_.text, run_.text
+        assert "no room for the" in run_.text and run_.text.count("error: ") == 1
 
 
 def test_a_wall_clock_that_jumps_moves_no_deadline(corpus, tmp_path):

@@ -13,15 +13,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, TINY, run
 
 import artifact
 import record
 import train_gpt
-from golf import prepare, records, sources
+from golf import prepare, records, run_list, sources
 from golf.console import run_script
 from golf.errors import UsageError
+from golf.guard import Interrupt
 from golf.pace import step_flops
 
 
@@ -294,28 +296,34 @@ def test_a_crash_keeps_the_last_good_weights(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_packs_and_judges_what_there_is(corpus, tmp_path):
-    command = [
-        sys.executable,
-        "-u",
-        "train_gpt.py",
-        "smoke",
-        *TINY,
-        "--run.data",
-        str(corpus),
-        "--run.runs",
-        str(tmp_path),
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_packs_and_judges_what_there_is(corpus, tmp_path, how):
+    words = ["train_gpt.py", "smoke", *TINY, "--run.data", str(corpus), "--run.runs", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-u", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)  # fmt: skip
     for line in process.stdout:
         if line.startswith("step     20"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(how)
             break
     out, err = process.communicate(timeout=120)
     record = json.loads((only(tmp_path) / "submission.json").read_text())
     assert process.returncode == 130, err
     assert record["status"] == "interrupted" and record["steps"] >= 20 and record["val_bpb"] > 0
     assert "status: interrupted" in out
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once_unless_it_is_an_echo(how):
+    interrupt = Interrupt()
+    with interrupt.watched():
+        assert not interrupt.asked
+        for _ in range(3):
+            os.kill(os.getpid(), how)
+        assert interrupt.asked
+        interrupt.asked_at -= Interrupt.ECHO_SECONDS + 0.1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), how)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow
@@ -442,17 +450,30 @@ def test_environment_gives_seed_and_data(corpus, tmp_path):
 
 
 def test_a_full_disk_at_the_artifact_is_one_sentence_and_keeps_the_log(corpus, tmp_path):
-    command = [sys.executable, "train_gpt.py", "smoke", *TINY, "--run.max-steps", "3", "--run.data", str(corpus)]
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
-
-    done = subprocess.run([*command, "--run.runs", str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
-                          preexec_fn=limit, check=False)  # fmt: skip
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert len(rows(only(tmp_path), "step")) == 3
+    """A limit on what a file may hold stands for it, set when the room for the artifact is held already."""
+    words = ["train_gpt.py", "smoke", *TINY, "--run.max-steps", "30", "--run.log-every", "1", "--run.data", str(corpus),
+             "--pack.calibration-batches", "0", "--run.runs", str(tmp_path)]  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-u", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step      2"):
+            psutil.Process(process.pid).rlimit(psutil.RLIMIT_FSIZE, (20_000, 20_000))
+            break
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and error.count("\n") == 1 and "model.bin: File too large" in error, error
+    assert len(rows(only(tmp_path), "step")) == 30 and rows(only(tmp_path), "failed")
     assert not [p for p in only(tmp_path).iterdir() if p.name.endswith(".part") or p.name == "model.bin"]
+    assert [r.status for r in run_list.started(tmp_path)] == ["crash"]
+
+
+def test_a_disk_without_room_for_what_a_run_leaves_is_refused_at_once(corpus, tmp_path):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    command = [sys.executable, "train_gpt.py", "smoke", *TINY, "--run.data", str(corpus), "--run.runs", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no room for the" in done.stderr, done.stderr
+    assert not rows(only(tmp_path), "step") and [p.name for p in only(tmp_path).iterdir()] == ["log.jsonl"]
 
 
 def test_strangers_keys_are_kept(trained, tmp_path):

@@ -128,12 +128,17 @@ def test_the_end_is_predicted_from_a_curve_that_is_known():
     assert predicted_loss(progress[:10], loss[:10]) is None and predicted_loss([0.5] * 30, [1.0] * 30) is None
 
 
-def test_a_real_curve_is_predicted_within_an_eighth_of_a_nat():
-    """The run kept in this repository: its last steps' mean from what was known at a half of the clock."""
-    rows = [r for r in read_log(next((ROOT / "runs").glob("*laptop-seed1*")) / "log.jsonl") if r["event"] == "step"]
-    half = [r for r in rows if r["progress"] <= 0.5]
-    end = sum(r["loss"] for r in rows[-60:]) / 60
-    assert abs(predicted_loss([r["progress"] for r in half], [r["loss"] for r in half]) - end) < 0.125
+def test_real_curves_are_predicted_within_a_third_of_a_nat():
+    """The runs kept in this repository: their last steps' mean from what was known at a half of the clock."""
+    logs = sorted((ROOT / "runs").rglob("log.jsonl"))
+    assert len(logs) > 20
+    off = []
+    for log in logs:
+        rows = [r for r in read_log(log) if r["event"] == "step"]
+        half = [r for r in rows if r["progress"] <= 0.5]
+        end = sum(r["loss"] for r in rows[-50:]) / 50
+        off.append(predicted_loss([r["progress"] for r in half], [r["loss"] for r in half]) - end)
+    assert max(map(abs, off)) < 0.3 and sorted(map(abs, off))[-2] < 0.15, sorted(off)
 
 
 def test_lines_say_what_is_left_and_how_fast():
