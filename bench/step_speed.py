@@ -1,9 +1,11 @@
 """A training step against a plain PyTorch float32 trainer, and against the machine's own rate of matrix products.
 
-    python bench/step_speed.py [--data data/builtin] [--widths 128,192] [--batch-tokens 4096] [--rounds 7] [--json]
+    python bench/step_speed.py [--data data/builtin] [--widths 128,192] [--batch-tokens 4096] [--compile auto]
+        [--rounds 7] [--json]
 
 For each width, in turn, several rounds, medians compared: the plain trainer, ours in float32 and in the machine's fast
-type, optimiser and data included; and a step's matrix products alone, forward and backward, in that type. The plain
+type, optimiser and data included; and a step's matrix products alone, forward and backward, in that type. Ours in the
+fast type is compiled as --compile says: by blocks unless asked otherwise, the whole model takes minutes. The plain
 trainer steps in a process of its own, whose memory is handled as Python and PyTorch do it by themselves.
 """
 
@@ -100,10 +102,10 @@ class Plain:
         self.process.join()
 
 
-def compare(config: Config, data: str, rounds: int) -> dict:
+def compare(config: Config, data: str, compiled: str, rounds: int) -> dict:
     """Medians of steps in turn. Raises UsageError for data that is not there."""
     stream = TokenStream(Corpus(data, "--data").shards("train"))
-    fast, trainer = Ours(replace(config, run=Run()), stream), Plain(config, data)
+    fast, trainer = Ours(replace(config, run=Run(compile=compiled)), stream), Plain(config, data)
     kind = str(fast.machine.dtype)[6:]
     rows = {"plain float32": trainer, f"ours {kind}": fast}
     if kind != "float32":
@@ -122,6 +124,7 @@ def compare(config: Config, data: str, rounds: int) -> dict:
         "over_plain": {n: round(plain / s, 2) for n, s in middle.items()},
         "share_of_products": round(alone / best, 3),
         "products_gflops": round(products.flops / alone / 1e9), "type": kind,
+        "compile": fast.machine.compile,
     }  # fmt: skip
 
 
@@ -131,6 +134,7 @@ def main() -> None:
     parser.add_argument("--preset", default="laptop")
     parser.add_argument("--widths", default="128,192")
     parser.add_argument("--batch-tokens", type=int, help="tokens of a step; the preset's unless given")
+    parser.add_argument("--compile", default="auto", choices=("auto", "block", "model", "none"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -143,14 +147,14 @@ def main() -> None:
             vocab_size=corpus.vocab_size,
         )  # fmt: skip
         config = replace(preset, shape=shape, recipe=recipe).check()
-        found.append(compare(config, arguments.data, arguments.rounds))
+        found.append(compare(config, arguments.data, arguments.compile, arguments.rounds))
         torch._dynamo.reset()
     if arguments.json:
         print(json.dumps(found))
         return
     for row in found:
         print(f"width {row['width']}: {100 * row['share_of_products']:.0f} % of the rate of its products alone "
-              f"({row['products_gflops']} GFLOP/s in {row['type']})")  # fmt: skip
+              f"({row['products_gflops']} GFLOP/s in {row['type']}), compile {row['compile']}")  # fmt: skip
         for name, speed in row["tokens_per_second"].items():
             print(f"  {name:<18} {speed:>9,} tokens/s  {row['over_plain'][name]:.2f}x")
 

@@ -3,8 +3,9 @@
     python -m golf.capacity ablations/capacity_tokens.toml [--json]
 
 Reads a comparison's rows. For each seed the looped score is found between those of the unlooped sizes, along the
-logarithm of the size; r passes are then worth N x r^phi blocks. A score above that of the smallest or below that of the
-largest unlooped model has no such size. The published law has phi 0.46 (arXiv 2604.21106).
+logarithm of the size; r passes are then worth N x r^phi blocks. A score that no unlooped size reaches, or that all are
+better than, has no such size, and where one seed has none the exponent has no mean. The published law has phi 0.46
+(arXiv 2604.21106).
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ class Worth:
     seeds: list[int]
     sizes: list[float | None]
     """Of each seed: unlooped blocks over the looped model's own that reach its score; none outside what was run."""
+    sides: list[str]
+    """Of each seed: "under 1", "over 4" and the like where it has no size."""
+    of_means: float | None
+    """The size by the seeds' mean scores."""
     depth: float
     """Mean passes of a token while the last steps were trained; all of them without a gate."""
     phi: float | None
-    """Mean exponent over the seeds that have a size."""
+    """Mean exponent; none where a seed has no size, since the mean of the others would be biased."""
     interval: tuple[float, float] | None
     """Of the mean, 95 %, by Student's t over seeds; two or more are needed."""
 
@@ -53,6 +58,11 @@ def equal_size(sizes: list[float], scores: list[float], score: float) -> float |
             share = (worse - score) / (worse - better)
             return math.exp(math.log(small) + share * math.log(large / small))
     return None
+
+
+def side(sizes: list[float], scores: list[float], score: float) -> str:
+    """Where a score without a size lies: it is worse than the smallest model's, or better than all."""
+    return f"over {sizes[-1]:g}" if score < min(scores) else f"under {sizes[0]:g}"
 
 
 def measure(plan: Plan, rows: list[dict]) -> list[Worth]:
@@ -70,17 +80,24 @@ def measure(plan: Plan, rows: list[dict]) -> list[Worth]:
     depth = {(r["variant"], r["seed"]): r.get("mean_depth") for r in rows}
     found = []
     for name in looped:
-        shape, sizes, seeds = shapes[name], [], []
-        for seed in plan.seeds:
-            if all((v, seed) in score for v in (name, *(v for _, v in flat))):
-                blocks = [layers / shape.unique_layers for layers, _ in flat]
-                seeds.append(seed)
-                sizes.append(equal_size(blocks, [score[v, seed] for _, v in flat], score[name, seed]))
-        whole = [math.log(size) / math.log(shape.loops) for size in sizes if size is not None]
+        shape = shapes[name]
+        blocks = [layers / shape.unique_layers for layers, _ in flat]
+        seeds = [s for s in plan.seeds if all((v, s) in score for v in (name, *(v for _, v in flat)))]
+        curves = [[score[v, seed] for _, v in flat] for seed in seeds]
+        scores = [score[name, seed] for seed in seeds]
+        sizes = [equal_size(blocks, curve, own) for curve, own in zip(curves, scores, strict=True)]
+        sides = [
+            "" if size else side(blocks, curve, own) for size, curve, own in zip(sizes, curves, scores, strict=True)
+        ]
+        means = [statistics.mean(column) for column in zip(*curves, strict=True)]
+        of_means = equal_size(blocks, means, statistics.mean(scores)) if seeds else None
+        slopes = [math.log(size) / math.log(shape.loops) for size in sizes if size is not None]
+        whole = len(slopes) == len(seeds) > 0
         depths = [depth[name, seed] for seed in seeds if depth.get((name, seed)) is not None]
         found.append(Worth(
-            name, shape.loops, seeds, sizes, statistics.mean(depths) if depths else shape.loops,
-            statistics.mean(whole) if whole else None, interval(whole) if len(whole) > 1 else None,
+            name, shape.loops, seeds, sizes, sides, of_means,
+            statistics.mean(depths) if depths else shape.loops, statistics.mean(slopes) if whole else None,
+            interval(slopes) if whole and len(slopes) > 1 else None,
         ))  # fmt: skip
     return found
 
@@ -106,12 +123,15 @@ def main() -> int:
 
 def table(found: list[Worth]) -> str:
     """Markdown."""
-    lines = ["| looped | passes | taken | seeds | worth, in its own blocks | phi | 95 % |", "|---" * 7 + "|"]
+    heads = ("looped", "passes", "taken", "seeds", "worth, in its own blocks", "by mean scores", "phi", "95 %")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for w in found:
-        sizes = ", ".join("outside" if size is None else f"{size:.2f}" for size in w.sizes) or "-"
+        sizes = ", ".join(side or f"{size:.2f}" for size, side in zip(w.sizes, w.sides, strict=True)) or "-"
+        means = "-" if w.of_means is None else f"{w.of_means:.2f}"
         phi = "-" if w.phi is None else f"{w.phi:.2f}"
         reach = f"{w.interval[0]:.2f} to {w.interval[1]:.2f}" if w.interval else "-"
-        lines.append(f"| {w.variant} | {w.passes} | {w.depth:.2f} | {len(w.seeds)} | {sizes} | {phi} | {reach} |")
+        cells = (w.variant, w.passes, f"{w.depth:.2f}", len(w.seeds), sizes, means, phi, reach)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

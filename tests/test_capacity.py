@@ -56,7 +56,7 @@ def test_a_known_law_is_found_again(plan):
     found = {w.variant: w for w in capacity.measure(read_plan(plan), rows_of(plan, law))}
     assert found["twice"].passes == 2 and found["four_times"].passes == 4
     for worth in found.values():
-        assert worth.sizes == pytest.approx([worth.passes**PHI] * 2)
+        assert worth.sizes == pytest.approx([worth.passes**PHI] * 2) and worth.of_means == pytest.approx(worth.sizes[0])
         assert worth.phi == pytest.approx(PHI) and worth.interval == pytest.approx((PHI, PHI))
 
 
@@ -69,12 +69,17 @@ def test_the_interval_is_students(plan):
 
 
 def test_outside_of_what_was_run_there_is_no_size(plan):
-    rows = rows_of(plan, lambda name, seed, shape: law(name, seed, shape) + (0.5 if shape.loops == 4 else 0))
+    def score(name, seed, shape) -> float:
+        return law(name, seed, shape) + (0.5 if shape.loops == 4 else -0.5 if name == "twice" and seed == 2 else 0)
+
+    rows = rows_of(plan, score)
     path = plan.with_suffix(".jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (twice, four) = capacity.measure(read_plan(plan), rows)
-    assert twice.phi == pytest.approx(PHI) and four.sizes == [None, None] and four.phi is None
-    assert "outside, outside" in capacity.table([twice, four])
+    assert four.sizes == [None, None] and four.sides == ["under 1"] * 2 and four.phi is four.of_means is None
+    assert twice.sizes == [pytest.approx(2**PHI), None] and twice.sides == ["", "over 4"]
+    assert twice.phi is None and twice.interval is None  # the mean of the seeds that have a size would be biased
+    assert "under 1, under 1" in capacity.table([twice, four])
 
 
 def test_sizes_that_get_no_better_are_crossed_where_they_do():
