@@ -172,7 +172,7 @@ def read_header(data: bytes) -> tuple[Shape, dict, int, memoryview, memoryview]:
         lanes, tables = header["lanes"], header["tables"]
         shape, note = shape_from_dict(header["shape"]), header["note"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"The artifact's header cannot be read ({error!r}).") from error
+        raise UsageError(f"The artifact's header cannot be read ({error!r:.200}).") from error
     if not (type(lanes) is type(tables) is int and 1 <= lanes <= 4096 and tables >= 0 and isinstance(note, dict)):
         raise UsageError("The artifact's header has a wrong number of lanes, size of tables or note.")
     if start + tables + 4 * lanes > len(data):

@@ -295,7 +295,8 @@ def read_lines(path: Path, stream: io.TextIOBase) -> Iterator[Document]:
             text = row["text"]
             text.encode()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UsageError(f'{path} line {number} is not a JSON object with a "text" string ({error!r}).') from error
+            said = f'is not a JSON object with a "text" string ({error!r:.200})'
+            raise UsageError(f"{path} line {number} {said}.") from error
         topic, source = (v if isinstance(v := row.get(key), str) else "" for key in ("topic", "source"))
         yield Document(text, topic, source=source)
 
