@@ -150,7 +150,7 @@ def read_log(path: Path) -> Log:
         if found := MIB.search(line):
             log.mebibytes.append((decimal(found[1]), number))
         if found := FINAL.search(line[:CUT]):
-            log.finals.append((found[1].decode(), decimal(found[2]), decimal(found[3]), number))
+            log.finals.append((found[1].decode(errors="replace"), decimal(found[2]), decimal(found[3]), number))
         if found := EVAL_TIME.search(line):
             log.eval_ms.append((decimal(found[1]) * UNITS[found[2]], number))
         if found := VAL_TOKENS.search(line):
