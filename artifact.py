@@ -30,7 +30,7 @@ from golf.codec import encode, load_artifact
 from golf.config import TRACKS, Config
 from golf.console import parse, run_script
 from golf.errors import UsageError
-from golf.files import write_bytes
+from golf.files import write_bytes, write_files
 from golf.presets import PRESETS, flags_of
 from golf.quantize import quantize
 from golf.recipe import Pack, Run, Scoring
@@ -138,9 +138,7 @@ def bundle_run(
             raise UsageError(f"{folder / name} exists and is not this bundle; give another --output.")
     if golden and (difference := golden_difference(config, minify, pack, Path(golden))):
         raise UsageError(f"The bundle does not train as the checkout does: {difference}.")
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / name, data)
+    write_files(folder, files)
     show({"bytes_code": len(files["train_gpt.py"]), "written": str(folder / "train_gpt.py")}, json)
     return 0
 

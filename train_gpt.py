@@ -38,7 +38,7 @@ from golf.codec import encode, load_artifact
 from golf.config import Config, changed
 from golf.data import Corpus, TokenStream, ahead, batches
 from golf.errors import UsageError
-from golf.files import write_bytes
+from golf.files import write_bytes, write_files
 from golf.guard import Interrupt, Result, Rollback
 from golf.machine import Machine, accumulate, compile_model, peak_memory, set_up, warm_up_in_memory
 from golf.model import RecurrentGPT
@@ -320,9 +320,7 @@ def main() -> int:
                             pack(result, config, folder / "model.bin", len(code["train_gpt.py"]), log.write)
                         except UsageError as error:
                             result.status, result.reason = "crash", str(error)
-                    for name, data in {**code, "tokenizer.model": corpus.tokenizer.read_bytes()}.items():
-                        (folder / name).parent.mkdir(exist_ok=True)
-                        write_bytes(folder / name, data)
+                    write_files(folder, {**code, "tokenizer.model": corpus.tokenizer.read_bytes()})
                 unpacked = validation_score(result.model, corpus, config, machine) if result.steps else None
             except Exception as error:
                 words.explain(error)
@@ -348,9 +346,8 @@ def main() -> int:
             report.write(folder)
             if config.run.track == "trackio":
                 track.mirror(folder, config)
-    if machine.rank > 0:
-        return 0  # a launcher ends all ranks when one fails, and rank 0 may still be writing
-    return {"complete": 0, "interrupted": 130}.get(record.status, 1)
+    # A launcher ends all ranks when one fails, and rank 0 may still be writing.
+    return 0 if machine.rank > 0 else {"complete": 0, "interrupted": 130}.get(record.status, 1)
 
 
 if __name__ == "__main__":

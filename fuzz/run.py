@@ -35,7 +35,7 @@ def command(name: str, *options: str) -> list[str]:
     return [sys.executable, __file__, "--inside", name, *options]
 
 
-def fuzz(name: str, seconds: float, corpus: Path) -> int:
+def fuzz(name: str, seconds: int, corpus: Path) -> int:
     """Fuzz one target for so long, apart from this process, and write down that it was done."""
     kept = corpus / name
     kept.mkdir(parents=True, exist_ok=True)
@@ -105,11 +105,12 @@ def main() -> int:
         del words[at : at + 2]
     name, what = words[0] if words else "all", words[1] if len(words) > 1 else "60"
     targets = sorted(path.name for path in SEEDS.iterdir())
-    if name not in ("all", *targets) or not re.fullmatch(r"keep|\d+(\.\d+)?", what):
-        print(f"error: {name} {what}: give all or one of {', '.join(targets)}, and seconds or keep.", file=sys.stderr)
+    if name not in ("all", *targets) or not re.fullmatch(r"keep|[1-9]\d*", what):
+        said = f"give all or one of {', '.join(targets)}, and whole seconds or keep."
+        print(f"error: {name} {what}: {said}", file=sys.stderr)
         return 2
     names = targets if name == "all" else [name]
-    codes = [keep(one, corpus) if what == "keep" else fuzz(one, float(what), corpus) for one in names]
+    codes = [keep(one, corpus) if what == "keep" else fuzz(one, int(what), corpus) for one in names]
     return max(map(abs, codes))  # one that a signal ended counts below 0
 
 

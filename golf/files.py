@@ -64,3 +64,10 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
         if isinstance(error, OSError):
             error.filename = str(path)  # which a full disk does not name
         raise
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write files by their names below a folder, each whole or not at all. Raises an OSError that names one."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / name, data)

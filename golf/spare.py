@@ -7,9 +7,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from golf import size
 from golf.config import Config
 from golf.errors import UsageError
+from golf.size import submission_bytes
 
 BESIDES = 2 << 20  # bytes of code, tokenizer, record, verdict, page and the log's last rows
 PIECE = 1 << 20
@@ -17,7 +17,7 @@ PIECE = 1 << 20
 
 def needed(config: Config, code_bytes: int) -> int:
     """Bytes of an artifact, of the weights in float32, which an interrupted or crashed run leaves, and of the rest."""
-    return size.submission_bytes(config, code_bytes) + 4 * config.shape.parameter_count + BESIDES
+    return submission_bytes(config, code_bytes) + 4 * config.shape.parameter_count + BESIDES
 
 
 class Spare:

@@ -369,14 +369,19 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", place], check=True)
 
 
+def fill_up(place: Path) -> None:
+    """A file that takes all the room there is left."""
+    with open(place / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(1 << 12)):
+            pass
+
+
 def test_a_disk_that_fills_up_costs_log_rows_and_checkpoints_and_not_the_run(corpus, small_disk):
     """The room for what a run leaves was held from its start."""
     more = ("--run.max-steps", 200, "--run.keep-every", 20, "--pack.calibration-batches", 0, "--run.judge")
     with Launched(corpus, small_disk, 1, *more) as run_:
         run_.reaches(45)
-        with open(small_disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
-            while filler.write(bytes(1 << 12)):
-                pass
+        fill_up(small_disk)
         assert run_.ends() == 0 and "Traceback" not in run_.text, run_.text[-3000:]
         assert "the log cannot be written (No space left on device)" in run_.text
         assert "no checkpoint at step 60: No space left on device" in run_.text
@@ -390,9 +395,7 @@ def test_a_disk_that_fills_up_costs_log_rows_and_checkpoints_and_not_the_run(cor
 def test_a_disk_that_fills_up_keeps_the_weights_of_a_run_that_is_lost(corpus, small_disk):
     with Launched(corpus, small_disk, 2) as run_:
         run_.reaches(5)
-        with open(small_disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
-            while filler.write(bytes(1 << 12)):
-                pass
+        fill_up(small_disk)
         run_.rank(1).kill()
         assert run_.ends() != 0
         record = record_of(run_.folder)
@@ -401,12 +404,14 @@ def test_a_disk_that_fills_up_keeps_the_weights_of_a_run_that_is_lost(corpus, sm
         run_.nothing_half_written()
 
 
-def test_a_disk_without_the_room_that_a_run_needs_is_refused_before_any_time_is_spent(corpus, small_disk):
-    with open(small_disk / "filler", "wb") as filler:
-        filler.write(bytes(7_000_000))
-    with Launched(corpus, small_disk, 1) as run_:
-        assert run_.ends() == 2 and "step" not in run_.text, run_.text
-        assert "no room for the" in run_.text and run_.text.count("error: ") == 1
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_without_the_room_that_a_run_needs_is_refused_before_any_time_is_spent(corpus, small_disk, ranks):
+    (small_disk / "filler").write_bytes(bytes(7_000_000))
+    with Launched(corpus, small_disk, ranks) as run_:
+        assert run_.ends() == (2 if ranks == 1 else 1), run_.text
+        assert not re.search("^step ", run_.text, re.M) and run_.text.count("error: --run.runs") == 1
+        assert "no room for the" in run_.text
+        run_.nothing_lives()
 
 
 def test_a_wall_clock_that_jumps_moves_no_deadline(corpus, tmp_path):
