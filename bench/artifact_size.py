@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from golf import codec, records
 from golf.bpb import windows
 from golf.checkpoint import read_sensitivities, read_tensors
+from golf.console import run_script
 from golf.data import Corpus
 from golf.entropy import Reader
 from golf.grid import Grid, as_matrix
@@ -248,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from golf.clock import Clock
+from golf.console import run_script
 
 LEAST_MEDIAN = 0.97
 JUDGED_SECONDS, GRACE = 10.0, 2.0  # a scorer's cap, and what stopping it may take
@@ -209,4 +210,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

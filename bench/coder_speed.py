@@ -18,6 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from golf import codec
+from golf.console import run_script
 from golf.grid import codes_of, nearest
 from golf.quantize import Sensitivity, prepare, rounded
 from golf.rans import Decoder
@@ -103,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from golf import folders, records
 from golf.bpb import ByteTable
+from golf.console import run_script
 from golf.contender import taken
 from golf.data import Corpus, write_shard
 
@@ -131,4 +132,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from golf import codec, records, size
 from golf.checkpoint import read_sensitivities, read_tensors
 from golf.config import Config
+from golf.console import run_script
 from golf.quantize import quantize
 from golf.recipe import Pack
 
@@ -73,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import eval_bpb
 from golf import submission, validation
+from golf.console import run_script
 from golf.contender import Contender, Limits
 from golf.judging import FULL_SHARE, MOST_PROBES, PROBE_SHARE, SCORED_TOKENS
 from golf.recheck import AT_A_TIME, FRESH_ROWS
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

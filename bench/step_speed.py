@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from plain_trainer import PlainTrainer
 
 from golf.config import Config
+from golf.console import run_script
 from golf.data import Corpus, TokenStream, batches
 from golf.presets import PRESETS
 from golf.recipe import Run
@@ -160,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

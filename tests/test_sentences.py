@@ -6,7 +6,7 @@ import ast
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
 FILES = sorted([*ROOT.glob("golf/*.py"), *ROOT.glob("*.py")])
 LONGEST = 200  # characters, with each value that is filled in counted as one
@@ -58,3 +58,9 @@ def test_every_sentence_is_one():
 @pytest.mark.parametrize("said", ["no such file", "Sorry, it failed.", "It broke. Try it.", "Two\nlines.", "x" * 300])
 def test_a_bad_one_would_be_seen(said):
     assert faults(said)
+
+
+def test_a_benchmarks_mistakes_are_one_sentence():
+    done = run("bench/step_speed.py", "--data", "nowhere")
+    assert done.returncode == 2 and done.stderr.startswith("error: --data nowhere: "), done.stderr
+    assert done.stderr.count("\n") == 1
