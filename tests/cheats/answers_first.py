@@ -1,17 +1,19 @@
-"""Answers requests before they are made, and never reads one: it would hold the judge up for ever."""
+"""Answers five thousand requests that were not made, with the first that was."""
 
 import os
 import sys
-import threading
 
 from base import Bigram
 
 
 class First(Bigram):
-    def __init__(self, folder):
-        super().__init__(folder)
-        pipe = int(sys.argv[4])  # where the host answers
-        threading.Timer(0.5, lambda: os.write(pipe, b'{"rows": 1}\n' * 5000)).start()
+    answered = False
+
+    def logprobs(self, tokens):
+        if not self.answered:
+            self.answered = True
+            os.write(int(sys.argv[4]), b'{"rows": 1}\n' * 5000)  # where the host answers
+        return super().logprobs(tokens)
 
 
 def load_scorer(folder):
