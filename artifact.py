@@ -28,7 +28,7 @@ from golf.checkpoint import read_sensitivities, read_tensors, write_weights
 from golf.checks import check_pack
 from golf.codec import encode, load_artifact
 from golf.config import TRACKS, Config
-from golf.console import parse, run_script
+from golf.console import parse, run_script, show
 from golf.errors import UsageError
 from golf.files import write_bytes, write_files
 from golf.presets import PRESETS, flags_of
@@ -169,15 +169,12 @@ def golden_difference(config: Config, minify: bool, pack: bool, data: Path, step
             if done.returncode:
                 return (done.stderr.strip().splitlines() or ["it failed"])[-1]
             log = done.stdout if command[0] == "-I" else next(here.glob("*-checkout/log.jsonl")).read_text("utf-8")
-            rows = [loads(line) for line in log.splitlines() if line.startswith("{")]
+            rows = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
             losses.append([row["loss"] for row in rows if row.get("event") == "step"])
     ours, theirs = losses
     if len(ours) != steps:
         return f"{len(ours)} steps of {steps}"
     return next((f"step {i + 1}: {a} and {b}" for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), "")
-
-
-dumps, loads = json.dumps, json.loads  # the commands have an option called json
 
 
 def rescore(
@@ -195,15 +192,6 @@ def rescore(
     record = rescored(Path(run), Path(output), asdict(scoring))
     show({"written": output, "bytes_total": record.bytes_total}, json)
     return 0
-
-
-def show(result: dict, as_json: bool) -> None:
-    """Print a result for a machine or for a person."""
-    print(
-        dumps(result)
-        if as_json
-        else "\n".join(f"{k}: {v:,}" if type(v) is int else f"{k}: {v}" for k, v in result.items())
-    )
 
 
 def main() -> int:

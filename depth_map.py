@@ -23,7 +23,7 @@ from tyro.conf import Positional
 
 from golf import formulaic as made
 from golf import records
-from golf.console import parse, run_script
+from golf.console import parse, run_script, show
 from golf.data import Corpus
 from golf.errors import UsageError
 from golf.files import write_bytes
@@ -35,12 +35,6 @@ HELD_OUT = 0.2
 GATE_TOKENS = 64_000_000  # of training text that a gate learns from at most
 
 dumps = json.dumps  # the commands have an option called json
-
-
-def show(result: dict, as_json: bool) -> None:
-    """Print a result for a machine or for a person."""
-    lines = (f"{k}: {v:,}" if type(v) is int else f"{k}: {v}" for k, v in result.items())
-    print(dumps(result) if as_json else "\n".join(lines))
 
 
 # == preparing =====================================================================================================

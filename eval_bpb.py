@@ -36,7 +36,7 @@ from golf.console import parse, printable, run_script
 from golf.contender import MOST_NUMBERS, Contender, Invalid, Limits
 from golf.data import Corpus
 from golf.errors import UsageError
-from golf.files import write_bytes
+from golf.files import read_plain, write_bytes
 from golf.judging import Referee, stock_tokens, tell_progress
 from golf.kept_scores import KeptScores
 from golf.recheck import fresh_process
@@ -48,7 +48,8 @@ FAR_OVER = 16  # times the cap, beyond which a submission is not looked at
 
 def data_folder(record: records.Record, given: str) -> Path:
     """The data asked for, or data/NAME where the record gives a plain name. Raises UsageError."""
-    plain = Path(record.corpus).name == record.corpus and not record.corpus.startswith(".")
+    name = record.corpus
+    plain = Path(name).name == name and not name.startswith(".") and name.isprintable()
     if not (given or os.environ.get("DATA_PATH") or plain):  # else it would choose its own text
         raise UsageError(f"The record's corpus {record.corpus!r:.60} is not a plain name, give --data.")
     return Path(given or os.environ.get("DATA_PATH") or f"data/{record.corpus}")
@@ -82,9 +83,7 @@ def judge(
         f"Python {platform.python_version()}",
     }  # fmt: skip
     try:
-        size = folders.sizes(folder).total
-        if size > FAR_OVER * entry.limits.bytes_cap:  # not even read
-            raise Invalid(f"{size:,} bytes, {entry.limits.bytes_cap:,} allowed (decimal)", 9)
+        require_small(entry)
         verdict["folder_sha256"] = folders.sha256_of(folder)
         text = validation.load(data, entry)
         if text.tokens.size - 1 < entry.context and official:
@@ -160,6 +159,13 @@ def score_text(
     }  # fmt: skip
 
 
+def require_small(entry: submission.Submission) -> None:
+    """Raise Invalid for a folder so large that it is not even read."""
+    size = folders.sizes(entry.folder).total
+    if size > FAR_OVER * entry.limits.bytes_cap:
+        raise Invalid(f"{size:,} bytes, {entry.limits.bytes_cap:,} allowed (decimal)", 9)
+
+
 def require_offers(contender: Contender, entry: submission.Submission, text: validation.Validation) -> None:
     """Raise Invalid where a scorer is not what the submission and its tokenizer say."""
     if contender.vocab != text.tokenizer.vocab_size:
@@ -174,6 +180,7 @@ def require_offers(contender: Contender, entry: submission.Submission, text: val
 def prove_folder(folder: Path, data: Path, documents: int, tokens: int) -> dict:
     """Compress a sample with the scorer, have a fresh process read it back, and compare size and score."""
     entry = submission.read(folder)
+    require_small(entry)
     text = validation.load(data, entry)
     limits = Limits(entry.limits.eval_seconds)
     began = time.monotonic()
@@ -190,13 +197,14 @@ def prove_folder(folder: Path, data: Path, documents: int, tokens: int) -> dict:
     with tempfile.TemporaryDirectory(prefix="golf-") as place:
         path = Path(place) / "proof"
         path.write_bytes(packed)
-        command = [sys.executable, str(ROOT / "eval_bpb.py"), "decode", str(folder), str(path), "--bos", str(bos)]
+        command = [sys.executable, str(ROOT / "eval_bpb.py"), "decode", str(folder), str(path), "--bos", str(bos),
+                   "--vocab", str(text.tokenizer.vocab_size)]  # fmt: skip
         if text.tokenizer.shown:
             (Path(place) / "tokenizer.model").write_bytes(text.tokenizer.shown)
             command += ["--tokenizer", str(Path(place) / "tokenizer.model")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 2:
-        raise UsageError(done.stderr.strip().splitlines()[-1])
+        raise UsageError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
     same = done.returncode == 0 and done.stdout.strip() == prove.digest(sample.rows)
     seen = sum(len(text.tokenizer.decode(r)) for r in sample.rows)
     result = prove.report(sample, seen, len(packed), nats, same, time.monotonic() - began)
@@ -209,7 +217,7 @@ def write_verdict(folder: Path, values: dict) -> None:
     path = folder / "verdict.json"
     old = {}
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        old = json.loads(path.read_text("utf-8"))
+        old = json.loads(read_plain(path))
     same = isinstance(old, dict) and old.get("folder_sha256") == values.get("folder_sha256")  # not of other files
     kept = old if same and "proof" in values else {"proof": old["proof"]} if same and "proof" in old else {}
     try:
@@ -268,6 +276,8 @@ class DecodeArguments:
 
     folder: tyro.conf.Positional[str]
     file: tyro.conf.Positional[str]
+    vocab: int
+    """Pieces that the scorer must have."""
     bos: int = 1
     tokenizer: str = ""
 
@@ -283,6 +293,8 @@ def decode(arguments: DecodeArguments) -> str:
         raise UsageError(f"{error.filename} cannot be read ({error.strerror}).") from error
     prove.take_apart(data)
     with Contender(folder, model, Limits(entry.limits.eval_seconds)) as scorer:
+        if scorer.vocab != arguments.vocab:
+            raise Invalid(f"the scorer's vocabulary is {scorer.vocab}, not {arguments.vocab}", 8)
         if entry.adapts:
             scorer.reset()
         return prove.digest(prove.decompress(scorer, data, arguments.bos, entry.chunk))
@@ -341,6 +353,8 @@ def judge_folder(arguments: JudgeArguments) -> int:
     require_its_text(record, data)
     seconds = math.inf if arguments.lift_cap else TRACKS[record.track].eval_seconds
     probing = {"probe_seconds": math.inf} if arguments.lift_cap else {}
+    if not 0 <= arguments.memory < math.inf:
+        raise UsageError(f"--memory {arguments.memory:g}: give gigabytes, or 0 for three quarters of the machine's.")
     limits = Limits(seconds, **probing, memory=int(arguments.memory * 1e9))
     if arguments.keep_every < 1:
         raise UsageError(f"--keep-every {arguments.keep_every}: give 1 or more.")

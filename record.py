@@ -109,7 +109,8 @@ def show_unfinished(run: run_list.Started, json: bool) -> int:
     if json:
         print(dumps(run.row()))
         return 0
-    print(f"name: {run.folder.name}\nstatus: {run.status}" + (f" ({run.reason})" if run.reason else ""))
+    print(printable(f"name: {run.folder.name}"))
+    print(printable(f"status: {run.status}" + (f" ({run.reason})" if run.reason else "")))
     if run.status != "running" and run_list.resumable(run.folder):
         print(f"go on: the command that it was begun with, and --run.resume {run.folder}")
     return 0
@@ -197,15 +198,15 @@ def judge(folder: Positional[str], data: str = "") -> int:
 
     place = Path(folder)
     record = run_list.recorded(place).record
-    if record.status != "complete" or not (place / "model.bin").exists():
+    if record.status not in ("complete", "interrupted") or not (place / "model.bin").exists():
         raise UsageError(f"{folder}: the run is {record.status}, or has no artifact; name one that was packed.")
     text = data or record.config.get("run", {}).get("data", "")
     Corpus(text, "--data")
     record = records.judged(place, record, Path(text))
     pages.write(place)
-    print("\n".join(f"{key}: {value}" for key, value in record.closing().items()))
+    print("\n".join(printable(f"{key}: {value}") for key, value in record.closing().items()))
     print(printable(f"verdict: {records.said_verdict(records.read_verdict(place))}"))
-    return 0 if record.status == "complete" else 1
+    return 1 if record.status == "invalid" else 0
 
 
 def leaderboard(runs: str = "runs") -> int:
@@ -268,7 +269,7 @@ def verify(folder: Positional[str], data: str = "", json: bool = False) -> int:
 def verified(folder: Path, data: str, as_json: bool) -> int:
     from golf import pull_request
 
-    found = pull_request.verify(folder, data, lambda line: print(line, file=sys.stderr))
+    found = pull_request.verify(folder, data, lambda line: print(printable(line), file=sys.stderr))
     if as_json:
         print(dumps(found))
     else:

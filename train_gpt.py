@@ -40,7 +40,15 @@ from golf.data import Corpus, TokenStream, ahead, batches
 from golf.errors import UsageError
 from golf.files import write_bytes, write_files
 from golf.guard import Interrupt, Result, Rollback
-from golf.machine import Machine, accumulate, compile_model, peak_memory, set_up, warm_up_in_memory
+from golf.machine import (
+    Machine,
+    accumulate,
+    compile_model,
+    is_out_of_memory,
+    peak_memory,
+    set_up,
+    warm_up_in_memory,
+)
 from golf.model import RecurrentGPT
 from golf.noise import GridNoise
 from golf.objective import Objective, pass_statistics
@@ -330,7 +338,11 @@ def main() -> int:
                 log.write({"event": "unpacked", "val_loss": unpacked.loss, "val_bpb": unpacked.bpb})
             penalty = {}
             if unpacked and (folder / "model.bin").exists():
-                penalty = quantization_penalty(result.model, folder / "model.bin", corpus, config, machine)
+                try:
+                    penalty = quantization_penalty(result.model, folder / "model.bin", corpus, config, machine)
+                except (MemoryError, RuntimeError) as error:  # the run is whole without it
+                    if not is_out_of_memory(error):
+                        raise
                 log.write({"event": "penalty", "bpb": penalty})
             record = records.from_run(folder, config, corpus, result, unpacked, log.environment, penalty)
             records.write(folder, record)

@@ -92,6 +92,7 @@ class Config:
         require(told, "recipe.noise_step", self.recipe.noise_step, "name the grid's step in row deviations")
         for name in ("seed", "threads", "max_steps", "cap", "validate_every", "log_every", "keep_every"):
             require(getattr(self.run, name) >= 0, f"run.{name}", getattr(self.run, name), "give 0 or more")
+        require(self.run.seed < 1 << 63, "run.seed", self.run.seed, "give one below 2^63")
         check_pace(self.shape, self.recipe, self.run, self.track != "unlimited")
         limit = self.limits.train_seconds
         ends = self.train_seconds < float("inf") or self.run.max_steps > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import json
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ def run_script(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -30,7 +31,7 @@ def run_script(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.strerror is None:
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
+        print(f"error: {printable(str(error.filename or 'a file'))}: {error.strerror}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
@@ -40,6 +41,12 @@ def run_script(main: Callable[[], int | None]) -> int:
 def printable(text: str) -> str:
     """A stranger's text as it may be shown on a terminal: what is no character to see becomes a space."""
     return "".join(c if c.isprintable() else " " for c in text)
+
+
+def show(result: dict, as_json: bool) -> None:
+    """Print a result for a machine or for a person."""
+    lines = (f"{k}: {v:,}" if type(v) is int else printable(f"{k}: {v}") for k, v in result.items())
+    print(json.dumps(result) if as_json else "\n".join(lines))
 
 
 def parse(parser: Callable, *arguments: object, **options: object) -> object:

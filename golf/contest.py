@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -12,9 +13,10 @@ import numpy as np
 from golf.bpb import ByteTable
 from golf.data import complete, read_shard
 from golf.errors import UsageError
-from golf.files import write_bytes
+from golf.files import read_plain, write_bytes
 
 REPOSITORY, PREFIX = "willdepueoai/parameter-golf", "datasets"
+BEGUN = ".begun"  # what is being fetched, until it is there
 
 
 def download(name: str, out: Path) -> Path:
@@ -46,6 +48,14 @@ def entry(manifest: dict, section: str, name: str) -> dict:
     )
 
 
+def variant_in(out: Path) -> str:
+    """The variant whose shards stand in a folder, fetched whole or in part; empty where that is not known."""
+    for name in ("manifest.json", BEGUN):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            return str(json.loads(read_plain(out / name))["request"]["variant"])
+    return ""
+
+
 def fetch(out: Path, variant: str, train_shards: int) -> dict:
     """Fetch the whole validation split and `train_shards` train shards to `out`; return our manifest.
 
@@ -57,6 +67,9 @@ def fetch(out: Path, variant: str, train_shards: int) -> dict:
     request = {"source": "contest", "variant": variant, "train_shards": train_shards}
     if earlier := complete(out, request):
         return earlier
+    if (there := variant_in(out)) not in ("", variant):  # in files of the same names
+        raise UsageError(f"--variant {variant}: {out} holds shards of {there}, give another --out or delete it.")
+    write_bytes(out / BEGUN, json.dumps({"request": request}).encode())
     try:
         published = json.loads(download("manifest.json", out / ".manifest").read_text("utf-8"))
         if not isinstance(published, dict):
@@ -98,6 +111,7 @@ def fetch(out: Path, variant: str, train_shards: int) -> dict:
     write_bytes(out / "manifest.json", json.dumps(manifest, indent=1).encode())
     shutil.rmtree(out / ".work", ignore_errors=True)
     shutil.rmtree(out / ".manifest", ignore_errors=True)
+    (out / BEGUN).unlink()
     return manifest
 
 

@@ -106,6 +106,9 @@ def disjoint(corpus: Corpus, sheet: Sheet) -> None:
         ends = np.append(starts[1:], tokens.size)
         long_enough = ends - starts > OVERLAP_TOKENS
         starts, ends = starts[long_enough], ends[long_enough]
+        if not starts.size:
+            sheet.note(12, f"no validation document has more than {OVERLAP_TOKENS} tokens")
+            return
         places = np.stack([starts + 1, (starts + 1 + ends - OVERLAP_TOKENS) // 2, ends - OVERLAP_TOKENS])  # (3, D)
         wanted = hashes_at(tokens, places, OVERLAP_TOKENS)
         ordered, back = np.unique(wanted, return_inverse=True)

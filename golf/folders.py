@@ -72,6 +72,14 @@ def sha256_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def copy_whole(folder: Path, target: Path) -> None:
+    """Copy a run folder but for the states of its training; links are copied, never followed. Raises UsageError."""
+    try:
+        shutil.copytree(folder, target, symlinks=True, ignore=lambda at, _: {"states"} if at == str(folder) else set())
+    except shutil.Error as error:
+        raise UsageError(f"{folder} cannot be copied ({error.args[0][0][2]!s:.200}).") from error
+
+
 def copy_counted(folder: Path, target: Path) -> None:
     """Copy what counts to `target`."""
     for path in counted(folder):

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from golf.files import write_bytes
 from golf.judging import Referee
 from golf.log_file import lock
 from golf.rows import Row
+from golf.sheet import Lead
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class KeptScores:
@@ -77,6 +79,7 @@ class KeptScores:
             mine.tried, mine.faults = mine.tried + check["tried"], mine.faults + check["faults"]
         for name in ("flip_nats", "compared", "identical", "distributions", "worst"):
             setattr(referee, name, self.state[name])
+        referee.lead = Lead(**self.state["lead"])
         self.state["interruptions"] += 1
         self.stretches = self.state["stretches"]
         return self.stretches
@@ -97,7 +100,7 @@ class KeptScores:
             "committed": referee.committed, "scoring": limits.scoring,
             "probing": limits.probing, "checks": checks, "flip_nats": referee.flip_nats, "compared": referee.compared,
             "identical": referee.identical, "distributions": referee.distributions, "worst": referee.worst,
-            "interruptions": times, "sha256": self.digest.hexdigest(),
+            "lead": asdict(referee.lead), "interruptions": times, "sha256": self.digest.hexdigest(),
         }  # fmt: skip
         write_bytes(self.path, json.dumps(self.state, default=lambda number: number.item()).encode())
         self.stretches = stretches

@@ -27,7 +27,7 @@ from golf.files import read_plain
 from golf.stats import NATS, P_VALUE, PRACTICE, welch
 
 LINE_LIMIT = 1 << 16  # bytes of a line that are looked at
-CUT = 1000  # of them where a pattern may start anywhere
+CUT = 1000  # of them that patterns are looked for in
 TOKENS = {  # targets of the validation set by export, whole rows and with the tail
     62_021_632: "sp1024", 62_021_845: "sp1024 with the tail", 45_508_608: "sp4096", 40_540_160: "sp8192",
     47_851_520: "CaseOps", 47_853_343: "CaseOps with the tail", 63_779_840: "the older sp1024 export",
@@ -53,7 +53,7 @@ KEYS = re.compile(
 TRAIN_TIME = re.compile(rb"train_time:\s*([\d.]+)\s*(ms|s|m)\b")
 TOTAL_SIZE = re.compile(rb"Total submission size[^:]*:\s*([\d,]+)\s*bytes")
 CODE_SIZE = re.compile(rb"Code size[^:]*:\s*([\d,]+)\s*bytes")
-MIB = re.compile(rb"([\d.]+)\s*MiB")
+MIB = re.compile(rb"(?<![\d.])([\d.]+)\s*MiB")
 FINAL = re.compile(
     rb"^\s*(\S*(?:final|quantized|roundtrip|ttt|sliding)\S*)\s.*?val_loss:\s*([\d.]+)\s+val_bpb:\s*([\d.]+)"
 )
@@ -139,6 +139,7 @@ def read_log(path: Path) -> Log:
                 log.settings[found[1].decode()] = found[2].decode(errors="replace")
             elif line.strip():
                 in_settings = False
+        line = line[:CUT]
         if not KEYS.search(line):
             continue
         if found := TRAIN_TIME.search(line):
@@ -149,7 +150,7 @@ def read_log(path: Path) -> Log:
             log.codes.append((whole(found[1]), number))
         if found := MIB.search(line):
             log.mebibytes.append((decimal(found[1]), number))
-        if found := FINAL.search(line[:CUT]):
+        if found := FINAL.search(line):
             log.finals.append((found[1].decode(errors="replace"), decimal(found[2]), decimal(found[3]), number))
         if found := EVAL_TIME.search(line):
             log.eval_ms.append((decimal(found[1]) * UNITS[found[2]], number))
@@ -243,7 +244,11 @@ class Linter:
             if not plain(path):
                 self.say("error", path, 0, "it is no plain file")
                 continue
-            source = path.read_bytes()
+            try:
+                source = read_plain(path)
+            except OSError as error:
+                self.say("error", path, 0, f"it cannot be read ({error.strerror})")
+                continue
             if not source.strip():
                 self.say("error", path, 0, "it is empty")
                 continue
@@ -255,8 +260,8 @@ class Linter:
                 line = getattr(error, "lineno", None) or 0
                 self.say("error", path, line, f"it does not compile ({str(error)[:80]})")
         counted = self.number("bytes_code")
-        shipped = sum(p.stat().st_size for p in self.folder.glob("*.py"))
-        if counted is not None and script.is_file() and counted not in (script.stat().st_size, shipped):
+        shipped = sum(p.stat().st_size for p in self.folder.glob("*.py") if plain(p))
+        if counted is not None and plain(script) and counted not in (script.stat().st_size, shipped):
             self.say("error", script, 0, f"{counted:,.0f} bytes of code are counted, the file that is shipped has "
                                          f"{script.stat().st_size:,}")  # fmt: skip
 

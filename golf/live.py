@@ -106,6 +106,8 @@ def told(state: State, row: dict) -> str | None:
         return "\n".join([f"packed in {row['seconds']:.1f} s: {row['bytes']:,} bytes{expected}", *row["notes"]])
     if event == "unpacked":
         return f"before packing: val_loss {row['val_loss']:.5f}  val_bpb {row['val_bpb']:.5f}"
+    if event == "penalty" and not row["bpb"]:
+        return "what packing costs was not measured: memory ran out"
     if event == "penalty":
         return "packing costs, bpb: " + ", ".join(f"{loops} loops {bpb:+.5f}" for loops, bpb in row["bpb"].items())
     if event == "judging":
@@ -226,11 +228,13 @@ def watch(folder: Path) -> int:
                 rest += file.read()
                 *lines, rest = rest.split(b"\n")
                 for row in filter(None, map(parsed, lines)):
-                    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
+                    with contextlib.suppress(LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
                         shown.take(row)  # a row that was written by hand may lack anything
                     if row.get("event") == "record":
                         shown.close()
-                        print(f"{row.get('status')}: val_bpb {row.get('val_bpb')}, {row.get('bytes_total', 0):,} bytes")
+                        size = row.get("bytes_total")
+                        size = f"{size:,}" if type(size) is int else size
+                        print(printable(f"{row.get('status')}: val_bpb {row.get('val_bpb')}, {size} bytes"))
                         return 0
                 if not alive:
                     shown.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import statistics
@@ -18,7 +19,7 @@ from pathlib import Path
 from golf import folders, lint, records, run_list, stats
 from golf.bundle import ROOT
 from golf.errors import UsageError
-from golf.files import write_bytes
+from golf.files import LARGE, open_plain, write_bytes
 from golf.log_file import read_log
 from golf.records import Record
 
@@ -118,12 +119,16 @@ def submit(runs: list[Path], about: About, root: Path, against: list[Path]) -> P
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file by its path, but for what a referee writes."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "verdict.json"
-    }
+    """sha256 of every plain file by its path, but for what a referee writes. Raises UsageError for one too large."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_file() or path.name == "verdict.json":
+            continue
+        with open_plain(path) as stream:
+            if (size := os.fstat(stream.fileno()).st_size) > LARGE:
+                raise UsageError(f"{path}: it holds {size:,} bytes, a submission's file {LARGE:,} at most.")
+            found[str(path.relative_to(folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def submission(
@@ -278,9 +283,11 @@ def verify(folder: Path, data: str, tell: Callable[[str], None]) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 2:
         raise UsageError(done.stderr.strip().splitlines()[-1].removeprefix("error: ").rstrip("."))
-    if done.returncode not in (0, 1):
-        raise UsageError(f"{folder}: the referee was ended ({done.returncode}) and gave no verdict, verify it again.")
-    verdict = json.loads(done.stdout)
+    try:
+        verdict = json.loads(done.stdout)
+    except ValueError as error:
+        why = f"{folder}: the referee ended ({done.returncode}) and gave no verdict, verify it again."
+        raise UsageError(why) from error
     if not verdict["valid"]:
         faults.append(f"the referee: {verdict['invalid']}")
         tell(faults[-1])

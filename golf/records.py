@@ -170,6 +170,11 @@ def from_dict(values: object, where: str) -> Record:
     check_types(ours, where)
     if odd := [k for k, v in ours.get("config", {}).items() if k in PARTS and not isinstance(v, dict)]:
         raise UsageError(f"{where}: config.{odd[0]} is not an object.")
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UsageError(f"{where}: it holds half a character ({half!a}), write it whole.") from error
     if ours.get("schema", SCHEMA) > SCHEMA:
         raise UsageError(f"{where} has schema {ours['schema']}, this program reads up to {SCHEMA}.")
     return Record(**ours, extra={k: v for k, v in values.items() if k not in known})
@@ -205,13 +210,13 @@ def said_verdict(verdict: dict | None) -> str:
     return f"{said} ({passed} of {len(verdict['checks'])} checks passed)"
 
 
-def write(folder: Path, record: Record) -> None:
-    """Write submission.json and README.md, types checked."""
+def write(folder: Path, record: Record, place: Path | None = None) -> None:
+    """Write submission.json and README.md, types checked, of a folder that will stand at `place`."""
     values = asdict(record)
     values.pop("extra")
     check_types(values, str(folder / "submission.json"))
     write_bytes(folder / "submission.json", json.dumps(record.as_dict(), indent=1).encode() + b"\n")
-    write_bytes(folder / "README.md", readme(folder, record).encode())
+    write_bytes(folder / "README.md", readme(place or folder, record).encode("utf-8", "backslashreplace"))
 
 
 def folder_name(config: Config) -> str:
@@ -245,7 +250,7 @@ def config_of(record: Record) -> Config:
     try:
         values = {name: fields_from_dict(kind, told[name], name) for name, kind in parts.items()}
         values["scoring"] = fields_from_dict(Scoring, told.get("scoring", {}), "scoring")
-        config = Config(str(told["preset"]), told["track"], **values)
+        config = Config(str(told["preset"]), str(told["track"]), **values)
     except KeyError as error:
         raise UsageError(
             f"{record.name}: its record has no {error}; it is older than this program or not its own."

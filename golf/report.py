@@ -83,7 +83,7 @@ def write(folder: Path, against: Path | None = None, output: Path | None = None)
     """Write the page; returns its path. Raises UsageError."""
     told = read(folder)
     path = output or folder / "report.html"
-    write_bytes(path, page(told, read(against) if against else None).encode())
+    write_bytes(path, page(told, read(against) if against else None).encode("utf-8", "backslashreplace"))
     return path
 
 

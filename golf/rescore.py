@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,19 +40,24 @@ def rescored(
     check_scoring(scoring, record.context, shape, "")
     if target.exists():
         raise UsageError(f"{target} exists already, name another folder.")
-    shutil.copytree(source, target)
-    (target / "verdict.json").unlink(missing_ok=True)
-    write_bytes(target / "model.bin", with_note(data, note | {"scoring": changed(scoring)}))
-    measured, adapts = folders.sizes(target), scoring.adapts
-    new = replace(
-        record, stride=scoring.stride, chunk=scoring.chunk if adapts else 0, adapts=adapts, val_bpb=None, val_loss=None,
-        eval_seconds=None, bytes_model=measured.weights, bytes_total=measured.total,
-        content_shapes=scoring.exit != "none", headroom=record.cap - measured.total,
-        config=record.config | {"scoring": asdict(scoring)},
-    )  # fmt: skip
-    with contextlib.suppress(UsageError):  # a stranger's record has no configuration of ours
-        new = replace(new, fingerprint=records.config_of(new).fingerprint)
-    records.write(target, new)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        folders.copy_whole(source, aside)
+        (aside / "verdict.json").unlink(missing_ok=True)
+        write_bytes(aside / "model.bin", with_note(data, note | {"scoring": changed(scoring)}))
+        measured, adapts = folders.sizes(aside), scoring.adapts
+        new = replace(
+            record, stride=scoring.stride, chunk=scoring.chunk if adapts else 0, adapts=adapts, val_bpb=None,
+            val_loss=None, eval_seconds=None, bytes_model=measured.weights, bytes_total=measured.total,
+            content_shapes=scoring.exit != "none", headroom=record.cap - measured.total,
+            config=record.config | {"scoring": asdict(scoring)},
+        )  # fmt: skip
+        with contextlib.suppress(UsageError):  # a stranger's record has no configuration of ours
+            new = replace(new, fingerprint=records.config_of(new).fingerprint)
+        records.write(aside, new, target)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return new
 
 

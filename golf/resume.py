@@ -36,6 +36,7 @@ from golf.noise import GridNoise
 from golf.objective import Objective
 
 FOLDER, KEPT, SCHEMA = "states", 2, 1
+RESULT = ("steps", "tokens", "train_seconds", "step_seconds", "loss")  # of a run's Result
 
 
 class Loop(NamedTuple):
@@ -74,7 +75,7 @@ class Loop(NamedTuple):
             kept |= {"steps": list(clock.steps), "updates": list(clock.updates)}
         return {
             "clock": kept, "average": self.average.progress, "steered": self.objective.steered,
-            "result": {k: getattr(result, k) for k in ("steps", "tokens", "train_seconds", "loss")},
+            "result": {k: getattr(result, k) for k in RESULT},
         }  # fmt: skip
 
     @torch.no_grad()

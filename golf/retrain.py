@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from golf import records
+from golf import folders, records
 from golf.config import TRACKS
 from golf.console import printable
 from golf.contender import LEAST_FREE, LOOK_EVERY, SANDBOX, installation, why_not_isolated
 from golf.data import Corpus, write_shard
 from golf.errors import UsageError
-from golf.files import write_bytes
+from golf.files import LARGE, write_bytes
 
 LAST_WORDS = 4096  # bytes
 CLOSE = 0.01  # relative, between the recorded score and that of the weights trained again
@@ -128,10 +128,12 @@ def retrain(folder: Path, data: Path, verdict: dict, judge: Callable[[Path, Path
         if ended is None:
             return f"failed: {said}"
         copy = here / "again"
-        shutil.copytree(folder, copy)
+        folders.copy_whole(folder, copy)
         with os.fdopen(output, "rb") as stream:
+            if (size := os.fstat(output).st_size) > LARGE:
+                return f"failed: the training left {size:,} bytes"
             stream.seek(0)
-            (copy / "model.bin").write_bytes(stream.read())
+            (copy / "model.bin").write_bytes(stream.read(size))
         if ended or not (copy / "model.bin").stat().st_size:
             return f"failed: the training ended with exit code {ended} ({said})"
         again = judge(copy, data)

@@ -125,11 +125,13 @@ def leftovers(runs: Path) -> list[Path]:
     for run in started(runs):
         if run.status == "running" or (run.record is None and resumable(run.folder)):
             continue
-        if run.record is None and run.status != "damaged" and not (run.folder / "model.bin").exists():
+        weights = any((run.folder / name).exists() for name in ("model.bin", "checkpoint.safetensors"))
+        if run.record is None and run.status != "damaged" and not weights:
             found.append(run.folder)
             continue
         if run.record and run.record.val_bpb is not None:
-            found += [run.folder / name for name in LEFTOVERS if (run.folder / name).exists()]
+            ended = run.status in ("complete", "invalid")  # else --run.resume wants its states
+            found += [run.folder / n for n in LEFTOVERS if (run.folder / n).exists() and (ended or n != "states")]
         parts = [*run.folder.glob(".*.part"), *run.folder.glob("states/.*.part")]
         found += sorted(path for path in parts if path.parent not in found)
     return found
@@ -178,9 +180,9 @@ def sides(ours: list[Path], theirs: list[Path], mixed: bool) -> tuple[list[Recor
         "--run.max-steps": lambda r: r.config.get("run", {}).get("max_steps", 0),
     }  # fmt: skip
     for name, get in asked.items():
-        values = {get(r) for side in found for r in side}
+        values = {str(get(r)) for side in found for r in side}
         if len(values) > 1 and not mixed:
-            told = ", ".join(sorted(map(str, values)))
+            told = ", ".join(sorted(values))
             raise UsageError(f"The runs differ in {name} ({told}), give --mixed to compare them all the same.")
     return found[0], found[1]
 
@@ -218,9 +220,10 @@ def kind_of(run: Started) -> tuple:
         fingerprint, corpus, config = run.record.fingerprint, run.record.corpus_fingerprint, run.record.config
     else:
         start = first_row(run.folder / "log.jsonl")
-        corpus, config = start.get("corpus", {}), start.get("config", {})
-        fingerprint, corpus = start.get("fingerprint"), corpus.get("fingerprint") if isinstance(corpus, dict) else None
+        corpus, config = (part if isinstance(part := start.get(key), dict) else {} for key in ("corpus", "config"))
+        fingerprint, corpus = start.get("fingerprint"), corpus.get("fingerprint")
     own = config.get("run", {})
+    own = own if isinstance(own, dict) else {}
     return tuple(map(str, (fingerprint, corpus, own.get("cap") or 0.0, own.get("max_steps", 0))))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from golf.config import Config
 from golf.errors import UsageError
+from golf.shape import tensor_class
 from golf.size import submission_bytes
 
 BESIDES = 2 << 20  # bytes of code, tokenizer, record, verdict, page and the log's last rows
@@ -16,8 +17,13 @@ PIECE = 1 << 20
 
 
 def needed(config: Config, code_bytes: int) -> int:
-    """Bytes of an artifact, of the weights in float32, which an interrupted or crashed run leaves, and of the rest."""
-    return submission_bytes(config, code_bytes) + 4 * config.shape.parameter_count + BESIDES
+    """Bytes of an artifact, of the weights in float32 and their sensitivities, which an interrupted or crashed run
+    leaves, and of the rest."""
+    kept = 4 * config.shape.parameter_count
+    if config.pack.calibration_batches:
+        matrices = [size for name, size in config.shape.parameters().items() if tensor_class(name) != "control"]
+        kept += sum(4 * (columns**2 + rows) for rows, columns in matrices)
+    return submission_bytes(config, code_bytes) + kept + BESIDES
 
 
 class Spare:

@@ -75,7 +75,7 @@ def declared_tokenizer(folder: Path, record: records.Record) -> Declared:
     declared = Declared(**{"sha256": record.tokenizer_sha256, **told})
     choice(folder, "tokenizer.kind", declared.kind, KINDS)
     choice(folder, "tokenizer.transform", declared.transform, TRANSFORMS)
-    if Path(declared.file).name != declared.file or declared.file.startswith("."):
+    if Path(declared.file).name != declared.file or declared.file.startswith(".") or not declared.file.isprintable():
         raise UsageError(f"{folder}/submission.json: tokenizer.file {declared.file!r:.60} is not a plain name.")
     return declared
 

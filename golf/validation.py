@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import json
@@ -65,7 +66,10 @@ class Tokenizer:
 
     def decode(self, tokens: np.ndarray | list[int]) -> bytes:
         found = self.table.decode(tokens)
-        return casing.restore(found.decode()).encode() if self.transform == "case" else found
+        if self.transform != "case":
+            return found
+        text = codecs.getincrementaldecoder("utf-8")("replace").decode(found)  # one that is cut at its end waits
+        return casing.restore(text).encode()
 
 
 @dataclass(frozen=True)
@@ -178,8 +182,15 @@ def from_shards(corpus: Corpus, tokenizer: Tokenizer) -> Validation:
 def load(data: Path, submission: Submission) -> Validation:
     """The validation text in `data`, a prepared folder or a JSON-lines file, as the submission's tokenizer cuts it.
 
-    Raises UsageError for data that cannot be read and Invalid for a tokenizer that loses bytes.
+    Raises UsageError for data that cannot be read or hold no text, and Invalid for a tokenizer that loses bytes.
     """
+    text = read_text(data, submission)
+    if not text.bytes:
+        raise UsageError(f"--data {data}: its validation text is empty, give some.")
+    return text
+
+
+def read_text(data: Path, submission: Submission) -> Validation:
     if data.is_file():
         return from_texts(read_documents(data), Tokenizer(submission, b""), "documents", corpus=data.name)
     corpus = Corpus(data, "--data")

@@ -105,6 +105,7 @@ def test_shapes_that_cannot_be_are_named(change, option):
         ({}, {"micro_rows": 7}, 1, "--run.micro-rows 7"),
         ({}, {"cap": 1e6}, 1, "--run.cap"),
         ({}, {"seed": -1}, 1, "--run.seed -1"),
+        ({}, {"seed": 10**20}, 1, "--run.seed 1"),
     ],
 )
 def test_recipes_that_cannot_be_are_named(recipe, run, world, option):

@@ -24,9 +24,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from golf import run_list
-from golf.checkpoint import read_tensors
+from golf.checkpoint import read_tensors, write_sensitivities, write_weights
 from golf.codec import load_artifact
 from golf.log_file import read_log
+from golf.presets import PRESETS
+from golf.quantize import Sensitivity
+from golf.shape import tensor_class
+from golf.size import submission_bytes
+from golf.spare import BESIDES, needed
 from tests.conftest import ROOT, TINY, run
 
 pytestmark = pytest.mark.slow
@@ -355,6 +360,18 @@ def test_a_full_disk_costs_the_log_and_not_the_run(corpus, tmp_path):
         assert run_.ends(300) == 0, run_.text[-2000:]
         assert "the log cannot be written (File too large)" in run_.text
         assert record_of(run_.folder)["steps"] == 2500 and (run_.folder / "model.bin").exists()
+
+
+@pytest.mark.parametrize("preset", ["smoke", "laptop", "baseline"])
+def test_the_room_that_is_held_is_that_of_what_a_run_may_leave(tmp_path, preset):
+    config = PRESETS[preset]
+    table = {name: np.zeros(size, np.float32) for name, size in config.shape.parameters().items()}
+    matrices = {name: w for name, w in table.items() if tensor_class(name) != "control"}
+    found = {n: Sensitivity(np.zeros((w.shape[1],) * 2), np.zeros(w.shape[0])) for n, w in matrices.items()}
+    write_weights(tmp_path / "checkpoint.safetensors", config.shape, table)
+    write_sensitivities(tmp_path / "hessians.safetensors", config.shape, found)
+    left = sum(path.stat().st_size for path in tmp_path.iterdir()) + submission_bytes(config, 40_000)
+    assert left + BESIDES // 2 < needed(config, 40_000) < left + BESIDES
 
 
 @pytest.fixture

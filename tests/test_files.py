@@ -13,7 +13,7 @@ import zstandard
 from conftest import run
 from safetensors.numpy import save
 
-from golf import checkpoint, files, log_file, records, rescore, resume, run_list
+from golf import checkpoint, files, folders, log_file, records, rescore, resume, run_list
 from golf.data import Corpus
 from golf.errors import UsageError
 
@@ -73,6 +73,20 @@ def test_shards_lie_in_their_folder(corpus, tmp_path, name):
     (tmp_path / "manifest.json").write_text(json.dumps(told))
     with pytest.raises(UsageError, match="plain names"):
         Corpus(tmp_path)
+
+
+def test_a_copy_follows_no_link_and_is_whole_or_not_there(tmp_path):
+    source, target = tmp_path / "run", tmp_path / "copy"
+    for name in ("source", "states"):
+        (source / name).mkdir(parents=True)
+    (source / "source" / "link").symlink_to("/etc")
+    (source / "source" / "lost").symlink_to("nowhere")
+    (source / "states" / "large").write_bytes(b"x")
+    folders.copy_whole(source, target)
+    assert (target / "source" / "link").is_symlink() and not (target / "states").exists()
+    os.mkfifo(source / "pipe")
+    with pytest.raises(UsageError, match=r"cannot be copied .*named pipe"):
+        folders.copy_whole(source, tmp_path / "another")
 
 
 def test_deep_json_in_a_safetensors_file(tmp_path):

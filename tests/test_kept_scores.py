@@ -80,7 +80,7 @@ def test_a_killed_scoring_goes_on_and_comes_to_the_same(tmp_path, corpus, adapts
     assert whole["valid"], whole
     kill_in_the_middle(folder, corpus, kept)
     state = json.loads(kept.read_text())
-    assert 0 < state["count"] < whole["val_tokens"]
+    assert 0 < state["count"] < whole["val_tokens"] and state["lead"]["count"] > 0
     with open(kept.with_name(kept.name + ".f32"), "ab") as file:
         file.write(b"\x00" * 7)  # what was appended and never said to stand
     asked = []
@@ -103,6 +103,7 @@ def test_a_killed_scoring_goes_on_and_comes_to_the_same(tmp_path, corpus, adapts
     assert "interrupted 1 times" in evidence[6] and "lifted" in evidence[10]
     assert verdict["eval_seconds"] > state["scoring"]
     assert next(c["status"] for c in verdict["checks"] if c["number"] == 10) != "failed"
+    assert json.loads(kept.read_text())["lead"]["count"] > state["lead"]["count"]  # what was seen before still counts
 
 
 @pytest.mark.slow
@@ -118,7 +119,7 @@ def test_kept_scores_that_were_tampered_with_are_not_what_the_judge_finds(tmp_pa
 
 def test_scores_of_another_submission_or_damaged_ones_are_refused(tmp_path):
     path = tmp_path / "kept.json"
-    path.write_text('{"schema": 2, "stretches": 1, "count": 2, "identity": {"folder": "a"}}')
+    path.write_text('{"schema": 3, "stretches": 1, "count": 2, "identity": {"folder": "a"}}')
     (tmp_path / "kept.json.f32").write_bytes(np.zeros(2, "<f4").tobytes())
     assert KeptScores(path, {"folder": "a"}).count == 2
     with pytest.raises(UsageError, match="of another submission"):
@@ -126,7 +127,7 @@ def test_scores_of_another_submission_or_damaged_ones_are_refused(tmp_path):
     (tmp_path / "kept.json.f32").write_bytes(b"")
     with pytest.raises(UsageError, match="of another submission"):
         KeptScores(path, {"folder": "a"})
-    path.write_text('{"schema": 2, "count": 2')
+    path.write_text('{"schema": 3, "count": 2')
     with pytest.raises(UsageError, match="damaged"):
         KeptScores(path, {"folder": "a"})
 
@@ -144,7 +145,7 @@ def test_old_scores_beside_a_file_that_was_deleted_are_not_taken(tmp_path, corpu
 @pytest.mark.slow
 def test_scores_kept_at_other_distances_are_another_scorings(tmp_path, corpus):
     path = tmp_path / "kept"
-    path.write_text('{"schema": 2, "stretches": 1, "count": 2, "identity": {"every": 5}}')
+    path.write_text('{"schema": 3, "stretches": 1, "count": 2, "identity": {"every": 5}}')
     (tmp_path / "kept.f32").write_bytes(np.zeros(2, "<f4").tobytes())
     assert KeptScores(path, {"every": 5}, 5).count == 2
     folder = folder_of(tmp_path, corpus, False)

@@ -19,7 +19,7 @@ import pytest
 import zstandard
 from conftest import ROOT, run
 
-from golf import casing, prepare, shards, sources, spool
+from golf import casing, contest, prepare, shards, sources, spool
 from golf.bpb import ByteTable, documents
 from golf.data import Corpus, read_shard, write_shard
 from golf.errors import UsageError
@@ -402,6 +402,12 @@ def test_contest_shards_come_from_the_hub(hub, tmp_path, corpus):
     assert too_many.returncode == 2 and "has 2 of them" in too_many.stderr
     unpublished = fetch(hub, tmp_path / "other", "--variant", "sp8192")
     assert unpublished.returncode == 2 and "sp8192" in unpublished.stderr
+    assert not (out / contest.BEGUN).exists()
+    mixed = fetch(hub, out, "--variant", "sp8192")  # whose shards have the same names
+    assert mixed.returncode == 2 and "holds shards of sp1024" in mixed.stderr and mixed.stderr.count("\n") == 1
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / contest.BEGUN).write_text(json.dumps({"request": {"variant": "sp4096"}}))
+    assert "holds shards of sp4096" in fetch(hub, tmp_path / "begun").stderr
 
 
 @pytest.mark.slow

@@ -145,6 +145,7 @@ def test_a_run_that_was_lost_is_named_as_left_out(tmp_path):
 @pytest.mark.parametrize(("text", "said"), [
     ('{"seed": 1%s}' % ("0" * 400), "more digits"), ('{"val_loss": 1%s}' % ("0" * 400), "more digits"),
     ('{"config": {"recipe": [1]}}', "config.recipe is not an object"),
+    ('{"name": "\\ud800"}', "half a character"), ('{"more": [{"corpus": "c\\udfff"}]}', "half a character"),
 ])  # fmt: skip
 def test_a_record_with_numbers_or_parts_of_no_use_is_refused(tmp_path, text, said):
     (tmp_path / "submission.json").write_text(text)
@@ -267,6 +268,20 @@ def test_a_strangers_words_move_no_cursor(tmp_path):
         assert done.returncode == 0 and not re.search("[\x1b\x07]", done.stdout), done.stderr
 
 
+def test_a_run_without_a_record_moves_no_cursor_either(tmp_path):
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "log.jsonl").write_text('{"event": "failed", "error": "\\u001b[31mred"}\n')
+    done = run("record.py", "show", tmp_path / "lost")
+    assert "[31mred" in done.stdout and "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("config", [{"track": []}, {"preset": {}}, {"run": {"max_steps": []}}])
+def test_a_configuration_of_no_kind_is_read_and_compared(tmp_path, config):
+    usual = json.loads(json.dumps(asdict(PRESETS["smoke"])))
+    ours, theirs = (folder_of(tmp_path, name, config=usual | config) for name in ("one", "two"))
+    assert run_list.sides([ours], [theirs], mixed=False) and run_list.others([ours])[0].folder == theirs
+
+
 def test_what_the_referee_calls_invalid_is_never_ranked_or_compared(tmp_path):
     good, bad = folder_of(tmp_path, "good"), folder_of(tmp_path, "bad", val_bpb=0.9, seed=2)
     (bad / "verdict.json").write_text('{"valid": false, "invalid": "it looks ahead", "checks": []}')
@@ -331,6 +346,13 @@ def test_cleaning_takes_only_what_no_record_needs(tmp_path):
     lost = tmp_path / "lost"
     lost.mkdir()
     (lost / "log.jsonl").write_text("")
+    stopped = folder_of(tmp_path, "stopped", status="interrupted")  # and judged: --run.resume still goes on with it
+    (stopped / "states").mkdir()
+    (stopped / "states" / "000000005.safetensors").write_bytes(b"x")
+    packing = tmp_path / "packing"
+    packing.mkdir()
+    for name in ("log.jsonl", "checkpoint.safetensors"):  # the weights of a run that was killed while it was packed
+        (packing / name).write_text("")
     outside = tmp_path / "precious"
     outside.mkdir()
     (outside / "thesis").write_text("years of work")
@@ -341,4 +363,4 @@ def test_cleaning_takes_only_what_no_record_needs(tmp_path):
     assert {Path(r["path"]).name for r in rows} == {
         "checkpoint.safetensors", ".model.bin.77.part", "states", ".3.safetensors.78.part", "lost"}  # fmt: skip
     assert not lost.exists() and (kept / "model.bin").exists() and (unscored / "checkpoint.safetensors").exists()
-    assert (outside / "thesis").exists()
+    assert (outside / "thesis").exists() and (packing / "checkpoint.safetensors").exists()

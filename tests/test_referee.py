@@ -13,6 +13,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,14 @@ import zstandard
 from conftest import ROOT, run, unpacked
 
 import eval_bpb
-from golf import contender, evidence, folders
+from golf import contender, evidence, folders, prepare, prove, spool
 from golf.bpb import ByteTable
 from golf.contender import Contender, Invalid, Limits, why_not_isolated
 from golf.data import Corpus
 from golf.errors import UsageError
+from golf.sources import Document, Source
+from golf.submission import read as read_submission
+from golf.validation import Tokenizer
 
 UNIFORM = """
     import numpy as np
@@ -256,12 +260,16 @@ def test_misuse_is_one_sentence(tmp_path, corpus):
     empty.mkdir()
     no_scorer = submission(tmp_path / "none", corpus, UNIFORM)
     (no_scorer / "scorer.py").unlink()
+    of_bytes, nothing = submission(tmp_path / "b", corpus, UNIFORM, tokenizer={"kind": "bytes"}), tmp_path / "nothing"
+    nothing.write_text('{"text": ""}\n')
     cases = [
         (["eval_bpb.py", empty, "--data", corpus], 2, "submission.json"),
         (["eval_bpb.py", folder, "--data", empty], 2, "golf.prepare"),
         (["eval_bpb.py", no_scorer, "--data", corpus], 1, "neither train_gpt.py nor scorer.py"),
         (["eval_bpb.py"], 2, "Missing"),
         (["eval_bpb.py", folder, "--dta", corpus], 2, "--data"),
+        *((["eval_bpb.py", folder, "--data", corpus, "--memory", n], 2, "--memory") for n in ("inf", "nan", "-1")),
+        (["eval_bpb.py", of_bytes, "--data", nothing], 2, "is empty"),
     ]
     for words, code, said in cases:
         done = run(*words)
@@ -277,7 +285,8 @@ def test_misuse_is_one_sentence(tmp_path, corpus):
 @pytest.mark.parametrize(
     ("text", "words"),
     [("[1]", "not a JSON object"), ("{", "not JSON"), ('{"val_bpb": "low"}', "val_bpb"), ('{"steps": true}', "steps"),
-     ('{"schema": 99}', "schema 99"), ('{"track": "moon"}', "track is 'moon'"), ("[" * 50_000, "not JSON")],
+     ('{"schema": 99}', "schema 99"), ('{"track": "moon"}', "track is 'moon'"), ("[" * 50_000, "not JSON"),
+     ('{"track": "smoke", "context": 8, "tokenizer": {"file": "a\\u0000b"}}', "not a plain name")],
 )  # fmt: skip
 def test_records_that_do_not_fit_the_schema_are_refused(tmp_path, corpus, text, words):
     folder = submission(tmp_path / "x", corpus, UNIFORM)
@@ -308,6 +317,39 @@ def test_another_tokenizer_reads_the_text_of_published_shards(corpus, tmp_path):
     documents = data.manifest["splits"]["val"]["documents"]
     assert verdict["valid"], verdict["invalid"]
     assert verdict["val_bytes"] == data.val_bytes and verdict["val_tokens"] == data.val_bytes + documents - 1
+
+
+def test_a_character_that_is_cut_has_no_capital(corpus, tmp_path):
+    model = (corpus / "tokenizer.model").read_bytes()
+    told = {"sha256": hashlib.sha256(model).hexdigest(), "transform": "case"}
+    folder = submission(tmp_path / "case", corpus, UNIFORM, tokenizer=told)
+    (folder / "tokenizer.model").write_bytes(model)
+    tokenizer = Tokenizer(read_submission(folder), model)
+    tokens = tokenizer.encode("Word \U0001f3cc")
+    assert tokenizer.decode(tokens) == "Word \U0001f3cc".encode()
+    assert tokenizer.decode(tokens[:-1]) == b"Word "
+
+
+def test_documents_too_short_to_be_looked_for_are_scored(tmp_path, library_texts):
+    lines = [Document(" ".join(text.text.split()[:3]), "short") for text in library_texts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spool, "VALIDATION_LEAST", 500)
+        source = Source("short", lambda: iter(lines), {"source": "short"}, ["PSF License Version 2"])
+        prepare.prepare(source, tmp_path / "data", prepare.Options(vocab_size=400, validation_share=0.1))
+    verdict = eval_bpb.judge(submission(tmp_path / "x", tmp_path / "data", UNIFORM.replace("512", "400")),
+                             tmp_path / "data")  # fmt: skip
+    told = {c["number"]: c for c in verdict["checks"]}[12]
+    assert verdict["valid"] and told["status"] == "not run" and "no validation document has more" in told["evidence"]
+
+
+def test_a_proof_is_read_by_a_scorer_of_the_said_vocabulary(tmp_path, corpus):
+    folder = submission(tmp_path / "x", corpus, UNIFORM)
+    rows = [np.arange(2)]
+    body = np.array([1], "<u2").tobytes() + b"\0" * 8
+    (tmp_path / "proof").write_bytes(prove.HEAD.pack(prove.MAGIC, len(rows), zlib.crc32(body)) + body)
+    assert run("eval_bpb.py", "decode", folder, tmp_path / "proof", "--vocab", 512).returncode == 0
+    done = run("eval_bpb.py", "decode", folder, tmp_path / "proof", "--vocab", 513)
+    assert done.returncode == 1 and "vocabulary is 512, not 513" in done.stderr
 
 
 def test_capitals_as_marks_come_back(corpus, tmp_path):
