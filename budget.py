@@ -22,14 +22,23 @@ from golf.files import write_bytes
 FEWEST_BITS = 2.0  # bits a weight below which `fit` leaves a width out
 
 
+def usual_machine(track: str) -> str:
+    """Whose steps a track's plans are in where none is named: empty where that is this one, and it was not timed."""
+    return "8xH100" if track == "contest" else "this" if pace.read_measured() else ""
+
+
 def plan(config: Config, machine: str = "8xH100") -> dict:
-    """Everything known of a configuration before it is trained."""
+    """Everything known of a configuration before it is trained; without a machine, no steps."""
     shape = config.shape
     code = bundle.code_bytes(config)
     classes = size.artifact_bytes(config, code)
     total = sum(classes.values()) + code
-    rates = pace.machine_rates(machine, config)
-    steps = pace.steps_in_cap(config, rates)
+    timed = {}
+    if machine:
+        rates = pace.machine_rates(machine, config)
+        steps = pace.steps_in_cap(config, rates)
+        timed = {"machine": machine, "rates": rates.source, "step_ms": round(1e3 * pace.step_seconds(config, rates), 2),
+                 "steps": steps, "tokens": steps * config.recipe.batch_tokens}  # fmt: skip
     ranks = 8 if machine.startswith("8x") else 1
     memory = pace.training_memory(config, ranks)
     claimed = {"claimed_memory": CLAIMED_MEMORY[config.preset]} if config.preset in CLAIMED_MEMORY else {}
@@ -43,10 +52,7 @@ def plan(config: Config, machine: str = "8xH100") -> dict:
         "bytes": classes, "bits_a_weight": round(size.bits_a_weight(config, classes), 3),
         "bytes_model": sum(classes.values()), "bytes_code": code, "bytes_total": total,
         "cap": config.limits.bytes_cap, "headroom": config.limits.bytes_cap - total,
-        "fits": total <= config.limits.bytes_cap, "flops_per_token": 3 * pace.forward_flops(config),
-        "machine": machine, "rates": rates.source, "step_ms": round(1e3 * pace.step_seconds(config, rates), 2),
-        "steps": steps,
-        "tokens": steps * config.recipe.batch_tokens,
+        "fits": total <= config.limits.bytes_cap, "flops_per_token": 3 * pace.forward_flops(config), **timed,
         "memory": pace.memory_parts(config, ranks), **claimed, "training_memory": memory,
         "fits_12gb": memory <= 12e9, "fits_24gb": memory <= 24e9,
         "process_memory": pace.process_memory(config),
@@ -140,9 +146,9 @@ def measure() -> dict:
 
 def fit(config: Config, machine: str, widths: range, uniques: list[int], loops: list[int]) -> list[dict]:
     """The frontier under a track's cap: for each width, number of unique blocks and of loops the finest grid that
-    fits, and the steps that the machine makes with and without the loops. Head size 64 or near it, half as many KV
-    heads or the next fewer that divide them."""
-    rates, code, rows = pace.machine_rates(machine, config), bundle.code_bytes(config), []
+    fits, and the steps that the machine, where one is named, makes with and without the loops. Head size 64 or near it,
+    half as many KV heads or the next fewer that divide them."""
+    rates, code, rows = machine and pace.machine_rates(machine, config), bundle.code_bytes(config), []
     for unique in uniques:
         for passes in loops:
             for width in widths:
@@ -159,18 +165,22 @@ def fit(config: Config, machine: str, widths: range, uniques: list[int], loops: 
                 total, bits = sum(classes.values()) + code, size.bits_a_weight(one, classes)
                 if total > config.limits.bytes_cap or bits < FEWEST_BITS:
                     continue
-                flat = replace(one, shape=replace(shape, loops=1))
-                steps, unlooped = pace.steps_in_cap(one, rates), pace.steps_in_cap(flat, rates)
                 rows.append({
                     "width": width, "unique": unique, "loops": passes, "layers": unique * passes,
                     "parameters": shape.parameter_count, "bits": round(bits, 2), "bytes_total": total,
-                    "step_ms": round(1e3 * pace.step_seconds(one, rates), 2), "steps": steps,
-                    "steps_unlooped": unlooped,
-                    "steps_lost": f"{100 * (1 - steps / unlooped):.0f} %" if passes > 1 and unlooped else "-",
                 })  # fmt: skip
+                if rates:
+                    flat = replace(one, shape=replace(shape, loops=1))
+                    steps, unlooped = pace.steps_in_cap(one, rates), pace.steps_in_cap(flat, rates)
+                    rows[-1] |= {
+                        "step_ms": round(1e3 * pace.step_seconds(one, rates), 2), "steps": steps,
+                        "steps_unlooped": unlooped,
+                        "steps_lost": f"{100 * (1 - steps / unlooped):.0f} %" if passes > 1 and unlooped else "-",
+                    }  # fmt: skip
     return rows
 
 
+UNTIMED = "Steps are not known: `python budget.py measure` times this machine, or --machine names another."
 FIT_NOTES = """\
 A narrower model gets a finer grid, down to the finest that there is; from there on the cap is not filled. A looped
 block costs no bytes but all of its time, so steps_unlooped is what the same bytes would be trained for without loops.
@@ -195,9 +205,7 @@ def fit_command(arguments: list[str]) -> int:
     loops = numbers("--loops", take_option(arguments, "--loops", "3"))
     given = take_option(arguments, "--width", "")
     vocabulary = numbers("--vocab", take_option(arguments, "--vocab", "1024"))[0]
-    machine = take_option(
-        arguments, "--machine", "8xH100" if track == "contest" or not pace.read_measured() else "this"
-    )
+    machine = take_option(arguments, "--machine", usual_machine(track))
     if arguments:
         raise UsageError(f"{arguments[0]}: fit takes --track, --unique, --loops, --width, --vocab and --machine.")
     base = PRESETS["baseline"] if track == "contest" else PRESETS["laptop"]
@@ -211,7 +219,8 @@ def fit_command(arguments: list[str]) -> int:
         print(json.dumps(rows))
     else:
         show(rows)
-        print(f"Steps on {machine}: {pace.machine_rates(machine, config).source}.\n{FIT_NOTES}")
+        print(f"Steps on {machine}: {pace.machine_rates(machine, config).source}." if machine else UNTIMED)
+        print(FIT_NOTES)
     return 0
 
 
@@ -260,8 +269,7 @@ def main() -> int:
         return 0
     machine = take_option(arguments, "--machine", "")
     config = parse_command_line(arguments, "budget.py").check()
-    default = "8xH100" if config.track == "contest" or pace.read_measured() is None else "this"
-    result = plan(config, machine or default)
+    result = plan(config, machine or usual_machine(config.track))
     if as_json:
         print(json.dumps(result))
     else:
@@ -276,8 +284,8 @@ def show_plan(result: dict) -> None:
         for part, number in parts:
             name = f"{key}.{part}" if part else key
             print(f"{name}: {number:,}" if type(number) is int else f"{name}: {number}")
-    if result["machine"] != "this":
-        print("python budget.py measure times this machine, for its own steps")
+    if "machine" not in result:
+        print(UNTIMED)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class Config:
     """One run, whole."""
 
     preset: str = "custom"
+    """What the record calls this configuration."""
     track: Literal["contest", "laptop", "smoke", "unlimited"] = "contest"
     """Whose limits hold."""
     shape: Shape = field(default_factory=Shape)

@@ -66,8 +66,11 @@ class Recipe:
     average: float = 0.0
     """Share of the clock over which weights are averaged, exponentially, for what is packed; 0 packs the last ones."""
     adam_beta1: float = 0.9
+    """Adam's momentum, of the embedding and what is no matrix."""
     adam_beta2: float = 0.95
+    """Adam's memory of squared gradients."""
     adam_epsilon: float = 1e-8
+    """Added to the root that Adam divides by."""
     warmdown: float = 1200 / 13_780
     """Last fraction of the clock, over which every rate falls linearly."""
     rate_floor: float = 0.0
@@ -154,6 +157,7 @@ class Scoring:
     phase_tokens: int = 0
     """Targets after which one pass over them is made that is never forgotten; 0 makes none."""
     phase_rate: float = 1e-3
+    """Learning rate of those passes."""
 
     @property
     def adapts(self) -> bool:
@@ -174,6 +178,7 @@ class Run:
     runs: str = "runs"
     """Folder that holds the run folders."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model is; auto takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations and matrix products; auto is bfloat16 where the processor computes it natively."""
     compile: Literal["auto", "block", "model", "none"] = "auto"

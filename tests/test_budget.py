@@ -213,7 +213,11 @@ def test_a_measured_machine_is_used_and_a_damaged_one_is_refused(tmp_path, monke
     monkeypatch.setattr(pace, "MEASURED", tmp_path / "machine.json")
     with pytest.raises(UsageError, match="budget.py measure"):
         budget.plan(PRESETS["laptop"], "this")
+    assert [budget.usual_machine(track) for track in ("contest", "laptop")] == ["8xH100", ""]
+    assert "steps" not in budget.plan(PRESETS["laptop"], "")  # of an untimed machine
+    assert "steps" not in budget.fit(PRESETS["laptop"], "", range(64, 65), [2], [1])[0]
     pace.MEASURED.write_text(json.dumps({"rates": {"fast": rates, "float32": {**rates, "per_flop": 6e-12}}}))
+    assert [budget.usual_machine(track) for track in ("contest", "laptop")] == ["8xH100", "this"]
     fast, slow = (budget.plan(PRESETS[n], "this")["step_ms"] for n in ("laptop", "laptop_naive"))
     assert fast == pytest.approx(1e3 * pace.step_seconds(PRESETS["laptop"], pace.Rates(**rates)), abs=0.01)
     assert slow > 1e3 * pace.step_seconds(PRESETS["laptop_naive"], pace.Rates(**rates))
