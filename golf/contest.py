@@ -69,7 +69,6 @@ def fetch(out: Path, variant: str, train_shards: int) -> dict:
         return earlier
     if (there := variant_in(out)) not in ("", variant):  # in files of the same names
         raise UsageError(f"--variant {variant}: {out} holds shards of {there}, give another --out or delete it.")
-    write_bytes(out / BEGUN, json.dumps({"request": request}).encode())
     try:
         published = json.loads(download("manifest.json", out / ".manifest").read_text("utf-8"))
         if not isinstance(published, dict):
@@ -85,6 +84,7 @@ def fetch(out: Path, variant: str, train_shards: int) -> dict:
     there = int(stats.get("files_train", train_shards))
     if train_shards > there:
         raise UsageError(f"--train-shards {train_shards}: {variant} has {there} of them, give that many or fewer.")
+    write_bytes(out / BEGUN, json.dumps({"request": request}).encode())
     tokenizer_row = entry(published, "tokenizers", str(row.get("tokenizer_name")))
     tokenizer = tokenizer_row.get("model_path") or f"tokenizers/fineweb_{variant.removeprefix('sp')}_bpe.model"
     model = download(str(tokenizer), out).rename(out / "tokenizer.model")

@@ -131,6 +131,7 @@ def prepare(source: Source, out: Path, options: Options) -> dict:
     kept = json.loads(note.read_text("utf-8"))["threshold"]
     spool = spool_documents(source, work / "spool.bin", options)
     train, validation, dropped, threshold = split(spool, options.validation_share, kept, options.hold_out)
+    spool.forget()
     print(f"{train.size:,} train and {validation.size:,} validation documents; {dropped} train documents dropped "
           "that equal a validation document up to white space.")  # fmt: skip
     if options.shuffle:

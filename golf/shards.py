@@ -49,30 +49,35 @@ class ShardWriter:
     def __init__(self, out: Path, name: str, shard_tokens: int, work: Path):
         self.out, self.name, self.shard_tokens = out, name, shard_tokens
         self.note = work / f"{name}.npz"
-        self.counts, self.parts, self.held = Counts(), [], 0
+        self.counts, self.held = Counts(), 0
+        self.tokens = np.empty(shard_tokens + BATCH_BYTES, dtype=np.uint16)  # memory only where it is written to
         if self.note.exists():
             with np.load(self.note, allow_pickle=False) as stored:
                 self.counts = Counts(**json.loads(stored["counts"].tobytes()))
                 self.add(stored["rest"])
 
     def add(self, tokens: np.ndarray) -> None:
-        self.parts.append(tokens)
-        self.held += tokens.size
+        end = self.held + tokens.size
+        if end > self.tokens.size:
+            self.tokens = np.concatenate([self.tokens[: self.held], np.empty(end, dtype=np.uint16)])
+        self.tokens[self.held : end] = tokens
+        self.held = end
 
     def flush(self, last: bool = False) -> None:
         """Write full shards, and with `last` the rest; then note what is done."""
         if self.held < self.shard_tokens and not last:
             return
-        tokens = np.concatenate(self.parts) if self.parts else np.zeros(0, dtype=np.uint16)
-        while tokens.size >= self.shard_tokens or (last and tokens.size):
-            part, tokens = tokens[: self.shard_tokens], tokens[self.shard_tokens :]
+        while self.held >= self.shard_tokens or (last and self.held):
+            count = min(self.held, self.shard_tokens)
             file = f"{self.name}_{len(self.counts.files):06d}.bin"
-            write_shard(self.out / file, part)
+            write_shard(self.out / file, self.tokens[:count])
             self.counts.files.append(file)
-        self.parts, self.held = [tokens], tokens.size
+            rest = self.tokens[count : self.held].copy()
+            self.held = rest.size
+            self.tokens[: self.held] = rest
         buffer = io.BytesIO()
         counts = np.frombuffer(json.dumps(asdict(self.counts)).encode(), dtype=np.uint8)
-        np.savez(buffer, counts=counts, rest=tokens)
+        np.savez(buffer, counts=counts, rest=self.tokens[: self.held])
         write_bytes(self.note, buffer.getvalue())
 
 

@@ -91,6 +91,11 @@ class Spool:
 
     stored_fingerprint = ""
 
+    def forget(self) -> None:
+        """What only the split needs."""
+        for name in ("content", "whole", "key", "given", "times"):
+            delattr(self, name)
+
     def hexdigest(self) -> str:
         return self.stored_fingerprint or self.fingerprint.hexdigest()
 
