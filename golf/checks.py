@@ -31,6 +31,8 @@ def check_shape(shape: Shape) -> None:
     require(shape.mlp_width >= 1, "shape.mlp_ratio", shape.mlp_ratio, "give more than 0")
     require(shape.softcap > 0, "shape.softcap", shape.softcap, "give more than 0")
     require(shape.rope_base > 1, "shape.rope_base", shape.rope_base, "give more than 1")
+    if shape.exit_gate != "none":
+        check_exits(shape)
 
 
 def check_exits(shape: Shape) -> None:
@@ -47,7 +49,7 @@ def check_exits(shape: Shape) -> None:
 def check_gate(shape: Shape, recipe: Recipe, run: Run) -> None:
     """Raise UsageError for passes that cannot all be trained, or a gate that nothing trains or that this loss lacks."""
     gate, loss = shape.exit_gate, recipe.depth_loss
-    if loss != "last" or gate != "none":
+    if loss != "last":
         check_exits(shape)
     require(loss != "gate" or gate != "none", "recipe.depth_loss", loss, "name a gate with --shape.exit-gate")
     require(gate != "act" or loss == "gate", "shape.exit_gate", gate, "it needs --recipe.depth-loss gate")

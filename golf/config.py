@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal
+from functools import cache
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from golf.checks import check_gate, check_pace, check_pack, check_recipe, check_scoring, check_shape
 from golf.errors import UsageError, require
@@ -109,6 +110,12 @@ def changed(options: object) -> dict:
     return {name: value for name, value in asdict(options).items() if value != default[name]}
 
 
+@cache
+def choices(kind: type) -> dict[str, tuple]:
+    """What fields of a dataclass may be, where its types name all of it."""
+    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
+
+
 def fields_from_dict(kind: type, values: object, what: str):
     """A flat dataclass from a stranger's JSON object, names and types checked. Raises UsageError."""
     if not isinstance(values, dict):
@@ -122,6 +129,8 @@ def fields_from_dict(kind: type, values: object, what: str):
         wanted = (int, float) if kinds[name] is float else (kinds[name],)
         if type(value) not in wanted:
             raise UsageError(f"The {what}'s field {name} is {value!r:.60}, not of type {kinds[name].__name__}.")
+        if name in (known := choices(kind)) and value not in known[name]:
+            raise UsageError(f"The {what}'s field {name} is {value!r:.60}, not one of {', '.join(known[name])}.")
     return kind(**values)
 
 

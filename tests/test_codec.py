@@ -198,6 +198,8 @@ def test_hand_made_headers_are_refused():
         {"shape": {**header["shape"], "vocab_size": 65_536, "width": 65_536}},
         {"shape": {**header["shape"], "loops": 10**9}},
         {"shape": {**header["shape"], "extra": 1}},
+        {"shape": {**header["shape"], "activation": "swiglu"}},
+        {"shape": {**header["shape"], "exit_gate": "hazard", "loops": 1}},  # a gate's biases would be none
         {"shape": [1]},
         {"lanes": 0},
         {"lanes": 10**9},
