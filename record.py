@@ -198,7 +198,7 @@ def judge(folder: Positional[str], data: str = "") -> int:
 
     place = Path(folder)
     record = run_list.recorded(place).record
-    if record.status not in ("complete", "interrupted") or not (place / "model.bin").exists():
+    if record.status not in ("complete", "interrupted", "invalid") or not (place / "model.bin").exists():
         raise UsageError(f"{folder}: the run is {record.status}, or has no artifact; name one that was packed.")
     text = data or record.config.get("run", {}).get("data", "")
     Corpus(text, "--data")
@@ -336,13 +336,15 @@ def sample(arguments: SampleArguments) -> int:
         if not 0 <= value < float("inf"):
             raise UsageError(f"--{name} {value}: give 0 or more.")
     record = records.read(folder)
-    from golf import decode
+    from golf import casing, decode
 
     model, table, rule = decode.load(folder, arguments.exit, arguments.threshold)
     decoder = decode.Decoder(model, max(2, record.context), rule)
-    prompt = [table.bos, *table.encode(arguments.prompt)]
+    cased = record.tokenizer.get("transform") == "case"
+    prompt = [table.bos, *table.encode(casing.lower(arguments.prompt) if cased else arguments.prompt)]
     found = list(decode.write(decoder, prompt, arguments.tokens, arguments.temperature, arguments.seed))
     text = table.decode([w.token for w in found]).decode(errors="replace")
+    text = casing.restore(text) if cased else text
     loops = [w.loops for w in found]
     mean = sum(loops) / max(1, len(loops))
     if arguments.json:
@@ -351,8 +353,11 @@ def sample(arguments: SampleArguments) -> int:
         return 0
     print(text)
     if model.shape.loops > 1:
-        pieces = (f"{table.text[w.token].decode(errors='replace')}{str(w.loops).translate(RAISED)}" for w in found)
-        print(f"\nLoops to predict each token, {mean:.2f} of {model.shape.loops} on average:\n{''.join(pieces)}")
+        pieces = "".join(
+            f"{table.text[w.token].decode(errors='replace')}{str(w.loops).translate(RAISED)}" for w in found
+        )
+        pieces = pieces.translate(casing.SHOWN) if cased else pieces
+        print(f"\nLoops to predict each token, {mean:.2f} of {model.shape.loops} on average:\n{pieces}")
     return 0
 
 

@@ -38,11 +38,12 @@ def rows_of(folder: Path) -> list[tuple[float, tuple]]:
         if not runs or len({r.fingerprint for r in runs}) > 1:
             raise UsageError(f"{folder}: the runs of {name} are none, or of several configurations, give seeds of one.")
         shape, scores = shape_from_dict(runs[0].config["shape"]), [r.val_bpb for r in runs]
-        cost = statistics.mean(list(r.quantization_penalty.values())[-1] for r in runs)
+        costs = [list(r.quantization_penalty.values())[-1] for r in runs if r.quantization_penalty]
+        cost = f"{statistics.mean(costs):.4f}" if len(costs) == len(runs) else "-"
         rows.append((statistics.mean(scores), (
             f"`{name}`", shape.unique_layers, shape.effective_layers,
             f"{statistics.mean(r.bytes_total for r in runs):,.0f}", f"{statistics.mean(r.steps for r in runs):,.0f}",
-            f"{statistics.mean(r.training_flops for r in runs):.3g}", f"{cost:.4f}", f"{statistics.mean(scores):.4f}",
+            f"{statistics.mean(r.training_flops for r in runs):.3g}", cost, f"{statistics.mean(scores):.4f}",
             deviation(scores), len(runs),
         )))  # fmt: skip
     return rows

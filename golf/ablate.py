@@ -176,11 +176,13 @@ def with_paces(plan: Plan, results: Path, cpus: list[int] | None = None) -> Plan
     path = results.with_suffix(".pace.json")
     try:
         known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}); delete it, and the paces are measured anew.") from error
+        if not all(isinstance(entry["work"] + entry["pace"], str) for entry in known.values()):
+            raise ValueError("a pace is no text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged ({error!r:.80}); delete it, and the paces are measured anew.") from error
     configs = {name: configuration(plan, name, plan.seeds[0]) for name in plan.variants}
     works = {name: work_of(config) for name, config in configs.items()}
-    told = {name: entry["work"] for name, entry in known.items() if isinstance(entry, dict)}
+    told = {name: entry["work"] for name, entry in known.items()}
     if missing := [name for name, work in works.items() if told.get(name) != work]:
         if not known and cpus is None:
             raise UsageError(f"{path} is not there: nothing is timed yet; run the plan without --table.")
@@ -266,6 +268,9 @@ def main() -> int:
     if arguments.space:
         from golf import search
 
+        for option in ("most", "results", "judge"):
+            if getattr(arguments, option):
+                raise UsageError(f"--{option}: it is not of a search, leave it out beside --space.")
         return search.main(Path(arguments.space), arguments.pairs, arguments.table)
     plan, results = plan_of(arguments)
     if arguments.table:

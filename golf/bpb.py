@@ -72,7 +72,7 @@ class ByteTable:
         self.unknown = sp.unk_id()
         self.bos = sp.bos_id()
         self.length = np.array([len(t) for t in self.text], dtype=np.int32)
-        self.spaced = np.array([t.startswith(b" ") for t in self.text])
+        self.spaced = np.array([p.startswith(SPACE) and not sp.is_byte(i) for i, p in enumerate(pieces)])
         # With a dummy prefix the first space of a document is the tokenizer's, not the text's.
         spaced = int(np.argmax(self.spaced))
         self.drops_first_space = not sp.decode([spaced]).startswith(" ")
@@ -107,10 +107,12 @@ class ByteTable:
         """Bytes of `targets`, each after its token in `previous`; any shape. Raises UsageError on an unknown piece."""
         if (targets == self.unknown).any():
             raise UsageError("The tokens hold the unknown piece, which loses bytes; use one with byte fallback.")
-        total = int(self.length[targets].sum(dtype=np.int64))
-        if self.drops_first_space:
-            total -= int((self.spaced[targets] & self.boundary[previous]).sum())
-        return total
+        return int(self.sizes(previous, targets).sum(dtype=np.int64))
+
+    def sizes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Bytes of each of `targets`, each after its token in `previous`: int32 of their shape."""
+        found = self.length[targets]
+        return found - (self.spaced[targets] & self.boundary[previous]) if self.drops_first_space else found
 
 
 def documents(tokens: np.ndarray, bos: int) -> Iterator[np.ndarray]:

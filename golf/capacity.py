@@ -72,12 +72,9 @@ def measure(plan: Plan, rows: list[dict]) -> list[Worth]:
     looped = [name for name, s in shapes.items() if s.loops > 1]
     if len(flat) < 2 or not looped:
         raise UsageError("The plan compares no looped model with two or more unlooped ones, give such variants.")
-    score = {
-        (r["variant"], r["seed"]): bpb_of(r)
-        for r in rows
-        if same(plan, r) and not void(r) and bpb_of(r) is not None
-    }  # fmt: skip
-    depth = {(r["variant"], r["seed"]): r.get("mean_depth") for r in rows}
+    good = [r for r in rows if same(plan, r) and not void(r) and bpb_of(r) is not None]
+    score = {(r["variant"], r["seed"]): bpb_of(r) for r in good}
+    depth = {(r["variant"], r["seed"]): r.get("mean_depth") for r in good}
     found = []
     for name in looped:
         shape = shapes[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 CAPITAL, WORD, LITERAL = "\ue000", "\ue001", "\ue002"  # next letter, next word, next mark itself
+SHOWN = str.maketrans({CAPITAL: "\u21e7", WORD: "\u21ea", LITERAL: "\u241b"})  # as arrows and a sign, for people
 
 
 def paired(letter: str) -> bool:

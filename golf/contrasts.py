@@ -7,16 +7,17 @@ import itertools
 import numpy as np
 
 from golf.errors import UsageError
-from golf.topics import LEAST_DOCUMENTS, Interval, interval
+from golf.topics import LEAST_DOCUMENTS, Interval, combined, freedom
 
 
 def difference(one: Interval, other: Interval) -> dict:
-    """What one estimate is above another, and two-sided p from the draws' spread."""
-    from scipy.stats import norm
+    """What one estimate is above another, and two-sided p from the draws' spread by Student's t."""
+    from scipy.stats import t
 
-    found = interval(one.mean - other.mean, one.draws - other.draws)
+    found = combined([(1.0, one), (-1.0, other)])
     spread = max(float(np.nanstd(found.draws, ddof=1)), 1e-12)
-    return {**found.row(), "p": float(2 * norm.sf(abs(found.mean) / spread))}
+    known = freedom(found.draws, found.steady, found.models)
+    return {**found.row(), "p": float(2 * t.sf(abs(found.mean) / spread, known))}
 
 
 def holm(rows: list[dict]) -> list[dict]:
@@ -42,7 +43,7 @@ def in_order(names: tuple[str, ...], estimates: list[Interval], order: tuple[str
 
     def pooled(place: str) -> Interval:
         mine = [estimates[names.index(t)] for t in place.split("+")]
-        return interval(np.mean([e.mean for e in mine]), np.mean([e.draws for e in mine], axis=0))
+        return combined([(1 / len(mine), each) for each in mine])
 
     return holm([
         {"topics": f"{a} - {b}", **difference(pooled(a), pooled(b))} for a, b in itertools.pairwise(order)

@@ -170,7 +170,7 @@ def split_half(tokens: Tokens) -> float:
     if used.sum() < 3 or np.ptp(halves[0]) == 0 or np.ptp(halves[1]) == 0:
         return 0.0
     r = float(np.corrcoef(*halves)[0, 1])
-    return 2 * r / (1 + r) if r > -1 else -1.0
+    return 2 * r / (1 + r) if r > 0 else r  # the formula is of halves that agree
 
 
 def sweep(looped: Looped, texts: list[Document], rule: str) -> list[dict]:

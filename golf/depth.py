@@ -51,6 +51,8 @@ def load(folder: Path) -> Looped:
     from golf import records
 
     record = records.read(folder)
+    if (transform := record.tokenizer.get("transform", "none")) != "none":
+        raise UsageError(f"{folder}: its text was prepared with --transform {transform}, name a run without.")
     model = packed_model(folder / "model.bin")
     try:
         check_exits(model.shape)
@@ -147,8 +149,8 @@ def measure(looped: Looped, texts: list[Document], rule: Rule, encode: Encode | 
             "position": np.broadcast_to(np.arange(shape[1]), shape),
             "topic": np.broadcast_to([[topics.index(texts[n].topic)] for n in numbers], shape),
             "source": np.broadcast_to([[sources.index(texts[n].source)] for n in numbers], shape),
-            "here": rows.inputs, "target": rows.targets, "bytes": looped.table.length[rows.targets], "depth": depth,
-            "loss": loss, "entropy": entropy,
+            "here": rows.inputs, "target": rows.targets, "bytes": looped.table.sizes(rows.inputs, rows.targets),
+            "depth": depth, "loss": loss, "entropy": entropy,
         }  # fmt: skip
         part = {name: values[inside] for name, values in columns.items()}
         part["losses"] = np.stack([one[inside] for one in losses], axis=1)

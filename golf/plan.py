@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -65,6 +66,10 @@ def make_plan(values: dict, path: str) -> Plan:
     plan = Plan(**values)
     if plan.equal not in EQUAL:
         raise UsageError(f"{path}: equal is {plan.equal!r:.60}, give one of {', '.join(EQUAL)}.")
+    if isinstance(plan.amount, bool) or not 0 < plan.amount < math.inf:
+        raise UsageError(f"{path}: amount is {plan.amount!r:.60}, give a number above 0.")
+    if odd := [seed for seed in plan.seeds if type(seed) is not int or not 0 <= seed < 1 << 63]:
+        raise UsageError(f"{path}: the seed {odd[0]!r:.60} is no whole number from 0.")
     if plan.preset not in PRESETS:
         raise UsageError(f"{path}: preset {plan.preset!r:.60} is unknown, give one of {', '.join(PRESETS)}.")
     if plan.control and plan.control not in plan.variants:

@@ -350,6 +350,7 @@ def judged(folder: Path, record: Record, data: Path) -> Record:
         record = replace(
             record, val_loss=verdict["val_loss"], val_bpb=verdict["val_bpb"], eval_seconds=verdict["eval_seconds"],
             val_tokens=verdict["val_tokens"], val_bytes=verdict["val_bytes"], model_sha256=verdict["model_sha256"],
+            **({"status": "complete", "reason": ""} if record.status == "invalid" else {}),  # judged so before
         )  # fmt: skip
     except (ValueError, KeyError) as error:
         why = f"it was ended by signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"

@@ -51,6 +51,7 @@ def rescored(
             val_loss=None, eval_seconds=None, bytes_model=measured.weights, bytes_total=measured.total,
             content_shapes=scoring.exit != "none", headroom=record.cap - measured.total,
             config=record.config | {"scoring": asdict(scoring)},
+            **({"status": "complete", "reason": ""} if record.status == "invalid" else {}),  # asked so, it may be valid
         )  # fmt: skip
         with contextlib.suppress(UsageError):  # a stranger's record has no configuration of ours
             new = replace(new, fingerprint=records.config_of(new).fingerprint)

@@ -10,24 +10,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 from golf.errors import UsageError
-from golf.plan import Plan, configuration
+from golf.plan import Plan, configuration, words_of
 from golf.stats import spread, welch
 
 LEAST_SHARE = 0.95  # of the busy processor, that a run at equal time must have had
 TRIES = 2  # of a run that was disturbed
+KEYS = {"variant": str, "seed": int, "equal": str, "flags": list, "cpu_share": (int, float)}
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a results file; a last line that was cut off is dropped. Raises UsageError for one that is not JSON."""
+    """Rows of a results file; a last line that was cut off is dropped. Raises UsageError for one that is none."""
     rows = []
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
+            if missing := [key for key, kind in KEYS.items() if not isinstance(rows[-1].get(key), kind)]:
+                raise ValueError(f"{missing[0]} is missing or of another kind")
+        except (ValueError, AttributeError, RecursionError) as error:
+            if number == len(lines) and not line.endswith(b"\n"):
                 break
-            raise UsageError(f"{path}: line {number} is not JSON ({error}).") from error
+            raise UsageError(f"{path}: line {number} is no row ({str(error)[:80]}), delete it.") from error
     return rows
 
 
@@ -48,9 +51,9 @@ def bpb_of(row: dict) -> float | None:
         return None
     if row.get("val_bpb") is not None:
         return row["val_bpb"]
-    if row.get("unpacked_val_bpb") is None:
+    penalty = row.get("quantization_penalty")
+    if row.get("unpacked_val_bpb") is None or penalty == {}:  # nor where memory ran out before packing was measured
         return None
-    penalty = row.get("quantization_penalty") or {}
     return row["unpacked_val_bpb"] + (list(penalty.values())[-1] if penalty else 0.0)
 
 
@@ -78,14 +81,22 @@ def same(plan: Plan, row: dict) -> bool:
     config = configuration(plan, row["variant"], row["seed"])
     asked = {"fingerprint": config.fingerprint, "equal": plan.equal, "amount": plan.amount, "judge": plan.judge}
     alike = row["seed"] in plan.seeds and all(row.get(key) == value for key, value in asked.items())
-    wanted = {"--run.data": config.run.data, "--run.pace": plan.paces.get(row["variant"])}
-    return alike and all(value_of(row["flags"], name) == value for name, value in wanted.items())
+    mine = run_flags(words_of(plan, row["variant"], row["seed"]))
+    theirs = run_flags(row["flags"])
+    pace = theirs.pop("--run.pace", None)
+    return alike and theirs == mine and pace == plan.paces.get(row["variant"])
 
 
-def value_of(words: list[str], flag: str) -> str | None:
-    """What follows the last of a flag's places in a command line."""
-    places = [n for n, word in enumerate(words[:-1]) if word == flag]
-    return words[places[-1] + 1] if places else None
+def run_flags(words: list[str]) -> dict[str, str]:
+    """The --run options of a command line, which no fingerprint knows, each with the last value it was given; how long
+    it is to train is told by the amount."""
+    found = {}
+    for n, word in enumerate(words):
+        if word.startswith("--run.") and word not in ("--run.cap", "--run.max-steps"):
+            name, is_one, value = word.partition("=")
+            following = words[n + 1] if n + 1 < len(words) and not words[n + 1].startswith("--") else ""
+            found[name] = value if is_one else following
+    return found
 
 
 def table(plan: Plan, rows: list[dict]) -> str:

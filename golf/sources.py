@@ -207,8 +207,8 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
 def files(paths: list[Path], validation: list[Path], name: str, times: tuple[float, ...] = ()) -> Source:
     """Text, Markdown and JSON-lines files, plain or compressed; a folder is walked. `times` says of each path how often
     its documents are trained on. Raises UsageError."""
-    if times and (len(times) != len(paths) or not all(0 < t <= 100 for t in times)):
-        raise UsageError(f"--times {','.join(map(str, times))}: give {len(paths)} numbers above 0, one a path.")
+    if times and (len(times) != len(paths) or not all(0.001 <= t <= 100 for t in times)):
+        raise UsageError(f"--times {','.join(map(str, times))}: give {len(paths)} numbers from 0.001, one a path.")
     weighed = [(f, t) for path, t in zip(paths, times or [1.0] * len(paths), strict=True) for f in list_files([path])]
     train, held_out = [path for path, _ in weighed], list_files(validation)
     listed = train + held_out

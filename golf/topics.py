@@ -27,12 +27,15 @@ MERGED = np.array([CLASSES.index(PROSE.get(name, name)) for name in CLASSES] + [
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the middle 95 % of its bootstrap draws."""
+    """An estimate, its 95 % interval, and what that is made from: bootstrap draws of documents and models, and of
+    documents alone."""
 
     mean: float
     low: float
     high: float
     draws: np.ndarray
+    steady: np.ndarray
+    models: int = 1
 
     def row(self, digits: int = 4) -> dict:
         """For JSON; a share of nothing, and an interval of too few documents, is none."""
@@ -40,11 +43,37 @@ class Interval:
         return {name: None if np.isnan(value) else round(value, digits) for name, value in values.items()}
 
 
-def interval(mean: float, draws: np.ndarray) -> Interval:
-    """An estimate with its draws; no interval where more than a twentieth of them drew nothing that it is made of."""
-    known = draws[np.isfinite(draws)]
-    low, high = np.quantile(known, (0.025, 0.975)) if known.size >= 0.95 * draws.size else (np.nan, np.nan)
-    return Interval(float(mean), float(low), float(high), draws)
+def interval(mean: float, draws: np.ndarray, steady: np.ndarray | None = None, models: int = 1) -> Interval:
+    """An estimate with its draws; no interval where more than a twentieth of them drew nothing that it is made of.
+
+    The middle 95 % of the draws, wider by Student's t over the normal's quantile: a few models tell little of how much
+    models differ.
+    """
+    from scipy.stats import norm, t
+
+    steady, known = draws if steady is None else steady, draws[np.isfinite(draws)]
+    if known.size < 0.95 * draws.size:
+        return Interval(float(mean), np.nan, np.nan, draws, steady, models)
+    wider = t.ppf(0.975, freedom(draws, steady, models)) / norm.ppf(0.975)
+    low, high = mean + wider * (np.quantile(known, (0.025, 0.975)) - mean)
+    return Interval(float(mean), float(low), float(high), draws, steady, models)
+
+
+def freedom(draws: np.ndarray, steady: np.ndarray, models: int) -> float:
+    """Degrees of freedom of the draws' variance (Satterthwaite 1946): that part of it which models add to documents has
+    one less than there are models, documents have many."""
+    whole, documents = np.nanvar(draws), np.nanvar(steady)
+    if models < 2 or whole <= documents:
+        return float("inf")
+    return float((models - 1) * (whole / (whole - documents)) ** 2)
+
+
+def combined(parts: list[tuple[float, Interval]]) -> Interval:
+    """The sum of estimates times their weights, from the same draws."""
+    mean, draws, steady = (
+        sum(weight * getattr(each, name) for weight, each in parts) for name in ("mean", "draws", "steady")
+    )
+    return interval(mean, draws, steady, max(each.models for _, each in parts))
 
 
 def check_topics(documents: list[Document]) -> None:
@@ -71,7 +100,7 @@ class Resampling:
         for topic in range(len(tokens.topics)):
             mine = np.unique(tokens.document[tokens.topic == topic])
             self.documents[:, mine] = generator.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), draws)
-        count = int(self.models.max()) + 1
+        self.count_models = count = int(self.models.max()) + 1
         size = np.bincount(self.models, minlength=count)
         self.base = 1 / (count * size[self.models])  # what each run weighs
         drawn = generator.multinomial(count, np.full(count, 1 / count), draws)[:, self.models] / count
@@ -93,7 +122,7 @@ class Resampling:
         whole = float((over.sum(axis=1) / np.maximum(under.sum(axis=1), 1e-12)) @ self.base)
         count = self.documents @ under.T
         drawn = (self.documents @ over.T) / np.where(count > 0, count, np.nan)
-        return interval(whole, (drawn * self.runs).sum(axis=1))
+        return interval(whole, (drawn * self.runs).sum(axis=1), drawn @ self.base, self.count_models)
 
 
 def by_topic(runs: list[Tokens], resampling: Resampling) -> list[dict]:
@@ -151,9 +180,9 @@ def by_class(runs: list[Tokens], resampling: Resampling) -> list[dict]:
             tokens = resampling.sums(runs, [np.ones(t.depth.size) for t in runs], keep)
             row[column], row["tokens"] = resampling.ratio(depth, tokens), int(tokens[0].sum())
             mix = np.bincount(runs[0].topic[keep[0]], minlength=len(usual)) / keep[0].sum()
-            mean = sum(m * u.mean for m, u in zip(mix, usual, strict=True) if m)
-            draws = sum(m * u.draws for m, u in zip(mix, usual, strict=True) if m)
-            row[f"{column}_more"] = interval(row[column].mean - mean, row[column].draws - draws)
+            row[f"{column}_more"] = combined(
+                [(1.0, row[column]), *((-m, u) for m, u in zip(mix, usual, strict=True) if m)]
+            )
         if len(row) > 1:
             rows.append(row)
     return rows
@@ -214,10 +243,10 @@ def adjusted(
         raise UsageError("The runs' tokens differ in their covariates; give runs of one tokenizer.")
     square, product = np.stack(squares), np.stack(products)  # (runs, documents, P, P), (runs, documents, P)
 
-    def solve(weights: np.ndarray) -> np.ndarray:
+    def solve(weights: np.ndarray, square: np.ndarray = square, product: np.ndarray = product) -> np.ndarray:
         """weights (runs, documents) -> (groups,); a group none of whose documents was drawn has no mean."""
-        a = np.tensordot(weights, square, axes=2)
-        b = np.tensordot(weights, product, axes=2)
+        a = np.tensordot(weights, square, axes=weights.ndim)
+        b = np.tensordot(weights, product, axes=weights.ndim)
         ridge = 1e-8 * np.trace(a) / len(a)
         found = np.linalg.solve(a + ridge * np.eye(len(a)), b)
         return np.where(np.diagonal(a) > 0, found, np.nan)[: present.size]
@@ -227,7 +256,12 @@ def adjusted(
         solve(run[:, None] * documents[None])
         for run, documents in zip(resampling.runs, resampling.documents, strict=True)
     ])  # fmt: skip
-    return [interval(mean, column) for mean, column in zip(whole, draws.T, strict=True)]
+    mean_square, mean_product = (np.tensordot(resampling.base, sums, axes=1) for sums in (square, product))
+    steady = np.stack([solve(documents, mean_square, mean_product) for documents in resampling.documents])
+    return [
+        interval(mean, drawn, alone, resampling.count_models)
+        for mean, drawn, alone in zip(whole, draws.T, steady.T, strict=True)
+    ]
 
 
 # -- what explains depth ---------------------------------------------------------------------------------------

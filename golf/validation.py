@@ -159,10 +159,7 @@ def from_shards(corpus: Corpus, tokenizer: Tokenizer) -> Validation:
     starts = np.flatnonzero(tokens == tokenizer.bos)
     if not starts.size or starts[0]:
         starts = np.concatenate([[0], starts])
-    lengths = table.length[tokens]
-    if table.drops_first_space:
-        lengths[1:] -= table.spaced[tokens[1:]] & table.boundary[tokens[:-1]]
-    lengths[0] = 0
+    lengths = np.concatenate([[0], table.sizes(tokens[:-1], tokens[1:])])
     counted = np.add.reduceat(lengths, starts, dtype=np.int64)
     differing = again = seen = 0
     for document in documents(tokens, tokenizer.bos):

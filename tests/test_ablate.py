@@ -18,7 +18,7 @@ from golf import records
 from golf.ablate import Load, with_paces
 from golf.errors import UsageError
 from golf.plan import average_step_flops, budget_flags, configuration, make_plan, read_plan, words_of, work_of
-from golf.result_rows import bpb_of, read_rows, table, wanted
+from golf.result_rows import bpb_of, read_rows, same, table, wanted
 
 PLAN = """
 preset = "smoke"
@@ -68,6 +68,8 @@ def test_runs_become_rows_and_a_table_and_are_not_run_twice(tmp_path, corpus):
     (('"smoke"', '"smok"'), "preset 'smok'"), (("seeds = [1, 2]", "seeds = 1"), "seeds is 1"),
     (("amount = 3", ""), "amount is missing"), (("[variants]", "[variants"), "is not TOML"),
     (('"0.001"', '"fast"'), "matrix-rate"), (("control = []", "control = 3"), "variant control"),
+    (("amount = 3", "amount = -5"), "amount is -5"), (("amount = 3", "amount = nan"), "amount is nan"),
+    (("amount = 3", "amount = true"), "amount is True"), (("[1, 2]", '[1, "x"]'), "seed 'x' is no whole number"),
 ])  # fmt: skip
 def test_a_plan_that_cannot_work_is_one_sentence(tmp_path, corpus, change, words):
     path = plan_file(tmp_path, corpus)
@@ -161,9 +163,38 @@ def test_equal_flops_gives_steps_by_the_work_of_each(tmp_path, corpus):
 
 
 def test_a_results_file_with_another_fault_is_refused(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{broken}\n{"a": 2}\n')
-    with pytest.raises(UsageError, match="line 2"):
-        read_rows(tmp_path / "x.jsonl")
+    good = json.dumps(row("a", 1, 2.0, flags=[])).encode()
+    for bad in (b"{broken}", b"5", b"{}", b"\xff", b"[" * 100_000):
+        (tmp_path / "x.jsonl").write_bytes(good + b"\n" + bad + b"\n" + good + b"\n")
+        with pytest.raises(UsageError, match="line 2"):
+            read_rows(tmp_path / "x.jsonl")
+    (tmp_path / "x.jsonl").write_bytes(good + b"\n" + good[:30])  # cut off
+    assert len(read_rows(tmp_path / "x.jsonl")) == 1
+
+
+def test_a_row_of_other_options_of_the_run_is_another(tmp_path, corpus):
+    """The number type is in no fingerprint, and moves scores."""
+    plan = read_plan(plan_file(tmp_path, corpus))
+    words = [*words_of(plan, "control", 1), *budget_flags(plan, "control", configuration(plan, "control", 1))]
+    mine = row("control", 1, 2.0, equal="steps", amount=plan.amount, flags=words, judge=False,
+               fingerprint=configuration(plan, "control", 1).fingerprint)  # fmt: skip
+    assert same(plan, mine)
+    other = replace(plan, variants=plan.variants | {"control": ["--run.dtype", "bfloat16"]})
+    assert not same(other, mine) and ("control", 1) in wanted(other, [mine])
+    assert not same(plan, mine | {"flags": [*words, "--run.threads=7"]})
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"control": 1}', '{"control": {"work": "x"}}', "[" * 100_000])
+def test_paces_that_are_none_are_one_sentence(tmp_path, corpus, text):
+    path = plan_file(tmp_path, corpus, "pace")
+    path.with_suffix(".pace.json").write_text(text)
+    with pytest.raises(UsageError, match="pace.json"):
+        with_paces(read_plan(path), path.with_suffix(".jsonl"))
+
+
+def test_options_that_a_search_lacks_are_refused(tmp_path):
+    done = run("-m", "golf.ablate", "--space", tmp_path / "x.toml", "--most", 2)
+    assert done.returncode == 2 and "--most" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ablations").glob("*.toml")), ids=lambda p: p.stem)
@@ -180,6 +211,7 @@ def test_the_plans_that_come_with_the_program_can_be_read(path):
 def test_a_run_that_crashed_has_no_score():
     row = {"unpacked_val_bpb": 2.0, "status": "crash"}
     assert bpb_of(row) is None and bpb_of(row | {"status": "complete"}) == 2.0
+    assert bpb_of(row | {"status": "complete", "quantization_penalty": {}}) is None  # it was not measured
 
 
 def test_a_pace_is_of_what_a_variant_computes(tmp_path, corpus):

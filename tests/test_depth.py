@@ -181,6 +181,20 @@ def test_runs_agree_with_themselves_and_not_with_chance():
         topics.agreement([tokens, replace(tokens, here=tokens.here + 1)])
 
 
+def test_three_models_that_differ_for_no_reason_are_found_to_differ_as_often_as_is_said():
+    """Topics alike on average but not for each model: 5 % of p are under 0.05, of a normal tail three times as many."""
+    generator, low, normal, covered = np.random.default_rng(5), 0, 0, 0
+    for repeat in range(150):
+        models = [made(1000 + 3 * repeat + n, topic_effect=0.3 * generator.normal()) for n in range(3)]
+        rows = topics.by_topic(models, topics.Resampling(models[0], 3, 300, seed=repeat))
+        found = contrasts.difference(rows[2]["loops"], rows[0]["loops"])
+        drawn = rows[2]["loops"].draws - rows[0]["loops"].draws
+        low += found["p"] < 0.05
+        covered += found["low"] <= 0 <= found["high"]
+        normal += abs(found["mean"]) > 1.96 * drawn.std(ddof=1)
+    assert low <= 15 and covered >= 135 and normal > 20, (low, covered, normal)
+
+
 def test_gates_of_one_model_are_no_models():
     """Three models that differ, five gates each: the interval is that of three, and they agree across models only."""
     models = [made(8, topic_effect=0.1 * n) for n in range(3)]
@@ -196,6 +210,12 @@ def test_gates_of_one_model_are_no_models():
     assert (runs @ values).var() == pytest.approx(values.var(ddof=1) / 3, rel=0.05)
     other = replace(models[0], depth=np.random.default_rng(0).permutation(models[0].depth))
     assert abs(topics.agreement([models[0], models[0], other], [0, 0, 1])["tokens"]) < 0.05
+
+
+def test_halves_that_disagree_do_so_by_no_more_than_one():
+    tokens = made(11)
+    sign = np.where(tokens.position < 40, 1.0, -1.0) * (-1.0) ** (tokens.document // 3)
+    assert -1.0 <= controls.split_half(replace(tokens, depth=sign + 0.01 * tokens.depth)) < -0.9
 
 
 def test_a_topic_is_not_credited_with_what_its_tokens_bring():

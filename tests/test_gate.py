@@ -17,6 +17,7 @@ from golf.model import RecurrentGPT, role_of
 from golf.objective import Objective, pass_statistics
 from golf.recipe import Recipe, Scoring
 from golf.shape import Shape, tensor_class
+from tests import naive_halting
 from tests.conftest import TINY, run
 from tests.test_exits import model_of, tokens_of
 
@@ -131,12 +132,26 @@ def test_act_is_what_its_definition_says_of_states_that_froze(bias):
         x = torch.where(running[..., None], model.core_pass(x, given, passed, kept), x)
         states.append(x)
         stops.append(torch.sigmoid(model.gate(x, passed)) if passed < LOOPS else torch.ones(2, 24))
-        weights, passes, _ = halting.act(torch.stack(stops))
+        weights, passes, _ = naive_halting.act(torch.stack(stops))
         running = running & (torch.stack(stops).sum(0) < 1 - halting.EPSILON)
     mixed = (weights[..., None] * torch.stack(states)).sum(0)
     torch.testing.assert_close(found.states, model.coda(mixed, given))
     assert torch.equal(found.passes, passes.long())
     torch.testing.assert_close(weights.sum(0), torch.ones(2, 24, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("quantile", [0.1, 0.4, 0.6, 0.9])
+def test_a_threshold_is_a_quantile_of_the_exits_at_every_pass(quantile):
+    """Of a model without attention, where no token's hazards depend on who has stopped."""
+    model, tokens = model_of(exit_gate="hazard"), tokens_of()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.out.zero_()
+    states, _ = model.each(tokens, torch.float64)
+    hazards = torch.stack([model.gate(x, t) for t, x in enumerate(states[:-1], 1)])
+    wanted = naive_halting.quantile_exit(halting.exit_logprobs(hazards), quantile)
+    found = run_exits(model, tokens, exits.Gate(quantile), torch.float64).depths
+    assert torch.equal(found, wanted) and (len(wanted.unique()) > 1 or quantile == 0.1)
 
 
 @pytest.mark.parametrize(("gate", "threshold"), [("hazard", 0.3), ("hazard", 0.6), ("act", 0.99), ("act", 0.6)])

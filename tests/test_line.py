@@ -203,6 +203,10 @@ def test_a_model_of_transformed_capitals_is_judged_on_the_original_bytes(library
     assert done.returncode == 0, done.stderr
     verdict = json.loads((only(tmp_path / "runs") / "verdict.json").read_text())
     assert verdict["valid"] and verdict["val_bytes"] == manifest["splits"]["val"]["counted_bytes"], verdict
+    said = run("record.py", "sample", only(tmp_path / "runs"), "--prompt", "Return None", "--tokens", 60)
+    assert said.returncode == 0 and not set("\ue000\ue001\ue002") & set(said.stdout), said.stderr
+    map_ = run("depth_map.py", "map", only(tmp_path / "runs"), "--text", __file__, "--exit", "fixed", "--threshold", 1)
+    assert map_.returncode == 2 and "--transform case" in map_.stderr, map_.stderr
 
 
 @pytest.mark.slow

@@ -145,6 +145,8 @@ def test_a_share_is_held_out_beside_the_files_given_and_paths_are_trained_on_mor
     assert set(times["b"].values()) == {1} and times["b"].total() == pytest.approx(0.5 * once["b"], rel=0.1)
     with pytest.raises(UsageError, match="--times 1.0,2.0,3.0: give 2 numbers"):
         sources.files([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], [], "x", (1.0, 2.0, 3.0))
+    with pytest.raises(UsageError, match="numbers from 0.001"):
+        sources.files([tmp_path / "a.jsonl"], [], "x", (0.0004,))
     assert run("-m", "golf.prepare", "files", tmp_path / "a.jsonl", "--times", "x").returncode == 2
 
 
