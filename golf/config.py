@@ -130,7 +130,8 @@ def fields_from_dict(kind: type, values: object, what: str):
         if type(value) not in wanted:
             raise UsageError(f"The {what}'s field {name} is {value!r:.60}, not of type {kinds[name].__name__}.")
         if name in (known := choices(kind)) and value not in known[name]:
-            raise UsageError(f"The {what}'s field {name} is {value!r:.60}, not one of {', '.join(known[name])}.")
+            others = ", ".join(known[name])
+            raise UsageError(f"The {what}'s field {name} is {value!r:.60}, not one of {others}.")
     return kind(**values)
 
 
