@@ -18,7 +18,7 @@ from golf.ngrams import RunCache
 from golf.recipe import Scoring
 from golf.shape import Shape
 
-LOGITS_AT_A_TIME = 1 << 25
+LOGITS_AT_A_TIME = {"cuda": 1 << 25, "cpu": 1 << 22}  # of which a processor holds several float32 copies
 PHASE_ROWS = 8  # rows of a step in a phase over text that has been scored
 
 
@@ -122,7 +122,7 @@ class Scorer:
     @torch.no_grad()
     def score(self, tokens: np.ndarray) -> np.ndarray:
         """tokens (B, T + 1) int64 -> (B, T) float32: the log-probability of each but the first."""
-        rows = max(1, LOGITS_AT_A_TIME // (self.vocab * tokens.shape[1]))
+        rows = max(1, LOGITS_AT_A_TIME[self.device.type] // (self.vocab * tokens.shape[1]))
         weights, parts = self.weights(), []
         for at in range(0, len(tokens), rows):
             part = tokens[at : at + rows]
