@@ -52,14 +52,14 @@ def claims(submission: Submission, validation: Validation, sheet: Sheet, officia
     left_out = ", without the partial last row" if official else ", the tail included"
     sheet.note(8, f"{validation.starts.size:,} documents, {targets:,} targets{left_out}, "
                   f"sha256 {validation.sha256[:12]}, {validation.source}")  # fmt: skip
-    measured, stuffed = folders.sizes(submission.folder), validation.tokenizer.excess
+    measured, stuffed = folders.sizes(submission.folder), validation.tokenizer.excess(validation.tokens)
     total = measured.total + stuffed
     sheet.see(9, total <= limits.bytes_cap, f"{total:,} bytes, {limits.bytes_cap:,} allowed (decimal)")
     strays = [n for n in measured.files if Path(n).suffix not in (".py", ".bin", ".zip")]
     also = f", among them {', '.join(strays[:3])}" if strays else ""
     sheet.note(9, f"{total:,} of {limits.bytes_cap:,} bytes in {len(measured.files)} files{also}")
     if stuffed:
-        sheet.note(9, f"{stuffed:,} of them in a tokenizer of its own, beyond {USUAL_BYTES} a piece")
+        sheet.note(9, f"{stuffed:,} of them in a tokenizer of its own, beyond {USUAL_BYTES} a piece of the text")
     sheet.see(10, record.train_seconds <= limits.train_seconds,
               f"it was trained for {record.train_seconds:g} s, {limits.train_seconds:g} allowed")  # fmt: skip
     sheet.note(10, f"it says that it was trained for {record.train_seconds:g} of {limits.train_seconds:g} s")

@@ -1,4 +1,4 @@
-"""How deep each token goes: distributions over exits, the losses that train them, and rules that stop.
+"""How deep each token goes: distributions over exits, and the losses that train them.
 
 A gate's logits are hazards: the chance to stop after a pass, given that the token has not stopped before. All of it is
 in float32 or wider, and in logarithms, where products of many survivals would vanish.

@@ -64,6 +64,7 @@ class Referee:
         self.compared = self.identical = self.distributions = 0
         self.worst = 0.0
         self.lead = Lead()
+        self.surplus = Lead()  # of what distributions sum to above 1: each may be off by rounding, not all to one side
 
     # -- asking --------------------------------------------------------------------------------------------------
 
@@ -98,9 +99,8 @@ class Referee:
         self.sheet.see(3, not bad, bad)
         return np.take_along_axis(given, shown[:, 1:, None], axis=-1)[..., 0]
 
-    @staticmethod
-    def unnormalised(given: np.ndarray) -> str:
-        """What is wrong with distributions (B, T, V), if anything is."""
+    def unnormalised(self, given: np.ndarray) -> str:
+        """What is wrong with distributions (B, T, V), if anything is; what they sum to beyond 1 is added up."""
         flat = given.reshape(-1, given.shape[-1])
         for at in range(0, len(flat), 4096):
             with np.errstate(over="ignore", invalid="ignore"):
@@ -108,6 +108,7 @@ class Referee:
             wrong = ~(np.abs(sums - 1) <= SUMS_TO_ONE)  # also where the sum is not a number
             if wrong.any():
                 return f"a distribution sums to {sums[wrong][0]:.4f}, not to 1"
+            self.surplus.add(np.log(sums), np.zeros(sums.size))
         return ""
 
     # -- the pass ------------------------------------------------------------------------------------------------
@@ -311,6 +312,9 @@ class Referee:
                     number, f"{self.sheet.checks[number].tried} comparisons, {self.identical} of {self.compared} "
                     f"bit-identical, {self.worst:.1e} {kind}",
                 )  # fmt: skip
+        allowed = LEAD[self.submission.precision]
+        over = f"distributions sum to 1 and {self.surplus.mean:.1e} on average, {allowed:g} allowed"
+        self.sheet.see(3, self.surplus.least <= allowed, over)
         self.sheet.note(3, f"{self.distributions:,} distributions over {self.contender.vocab:,} pieces")
         self.sheet.note(5, f"{self.sheet.checks[5].tried} rows asked again with others between")
         if self.full:

@@ -79,7 +79,7 @@ class KeptScores:
             mine.tried, mine.faults = mine.tried + check["tried"], mine.faults + check["faults"]
         for name in ("flip_nats", "compared", "identical", "distributions", "worst"):
             setattr(referee, name, self.state[name])
-        referee.lead = Lead(**self.state["lead"])
+        referee.lead, referee.surplus = (Lead(**self.state[name]) for name in ("lead", "surplus"))
         self.state["interruptions"] += 1
         self.stretches = self.state["stretches"]
         return self.stretches
@@ -100,7 +100,8 @@ class KeptScores:
             "committed": referee.committed, "scoring": limits.scoring,
             "probing": limits.probing, "checks": checks, "flip_nats": referee.flip_nats, "compared": referee.compared,
             "identical": referee.identical, "distributions": referee.distributions, "worst": referee.worst,
-            "lead": asdict(referee.lead), "interruptions": times, "sha256": self.digest.hexdigest(),
+            "lead": asdict(referee.lead), "surplus": asdict(referee.surplus),
+            "interruptions": times, "sha256": self.digest.hexdigest(),
         }  # fmt: skip
         write_bytes(self.path, json.dumps(self.state, default=lambda number: number.item()).encode())
         self.stretches = stretches

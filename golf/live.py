@@ -222,7 +222,7 @@ def watch(folder: Path) -> int:
     shown = display()
     try:
         with file:
-            rest = b""
+            rest, record = b"", None
             while True:
                 alive = is_locked(log)  # before reading: what is read after a writer's end is all there is
                 rest += file.read()
@@ -230,12 +230,14 @@ def watch(folder: Path) -> int:
                 for row in filter(None, map(parsed, lines)):
                     with contextlib.suppress(LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
                         shown.take(row)  # a row that was written by hand may lack anything
-                    if row.get("event") == "record":
-                        shown.close()
-                        size = row.get("bytes_total")
-                        size = f"{size:,}" if type(size) is int else size
-                        print(printable(f"{row.get('status')}: val_bpb {row.get('val_bpb')}, {size} bytes"))
-                        return 0
+                    if row.get("event") in ("record", "start", "step"):  # a run may go on after its record
+                        record = row if row["event"] == "record" else None
+                if not alive and record:
+                    shown.close()
+                    size = record.get("bytes_total")
+                    size = f"{size:,}" if type(size) is int else size
+                    print(printable(f"{record.get('status')}: val_bpb {record.get('val_bpb')}, {size} bytes"))
+                    return 0
                 if not alive:
                     shown.close()
                     step = shown.state.last.get("step", 0)

@@ -138,6 +138,7 @@ def prepare(source: Source, out: Path, options: Options) -> dict:
         np.random.default_rng(options.shuffle).shuffle(train)
     model = given_model or make_tokenizer(spool, train, work / "tokenizer.model", options)
     table = ByteTable(model)
+    require(table.bos == BOS, "tokenizer", options.tokenizer, f"its BOS is piece {table.bos}, not {BOS}")
     if options.transform != "none" and table.drops_first_space:
         raise UsageError("--tokenizer: it adds a space before each document, which --transform case cannot count.")
     if (out / "manifest.json").exists():

@@ -152,8 +152,8 @@ def step_through(
         for place, n in enumerate(live):
             rows[n] = np.append(rows[n], next_token(n, frequencies(given[place])))
         if chunk and (step + 1) % max(1, chunk // len(lengths)) == 0:
-            parts = [rows[n][1 + shown :] for n in live]
-            names = np.concatenate([np.full(len(p), n + 1) for n, p in zip(live, parts, strict=True)])
+            parts = [row[1 + shown :] for row in rows]  # of those too that ended since
+            names = np.concatenate([np.full(len(p), n + 1) for n, p in enumerate(parts)])
             scorer.adapt(np.concatenate(parts), names)
             shown = step + 1
     return rows

@@ -13,7 +13,8 @@ from golf.rows import Asked, Row, chunks
 RELOAD = 1e-6  # relative, between the recorded score and a fresh process's
 FRESH_ROWS, AT_A_TIME = 12, 4
 UNSEEN_ROWS = 64  # shown without what follows: of a scorer that looks ahead in a tenth of the rows one in 850 gets by
-LATER_SHARE = 0.5  # of the probes' seconds, that learning again up to a later stretch may take
+LATER = 3  # stretches, drawn at random and one of them from the last quarter, up to which it learns again
+AGAIN_SECONDS = 60.0  # that learning again may take beyond twice the seconds of scoring
 
 
 def fresh_process(referee: Referee, folder: Path, limits: Limits, hidden: Path | None) -> str:
@@ -113,6 +114,7 @@ def adapted_only_later(referee: Referee, fresh: Contender, stretches: list[list[
 
     noise = referee.rng.choice(referee.stock, first[-1].new.stop - first[0].new.start)
     limit = AGREE[referee.submission.precision]
+    later_unseen(referee, fresh, stretches)
     fresh.reset()
     before = difference(first)
     referee.reveal(first, fresh, noise)
@@ -121,7 +123,6 @@ def adapted_only_later(referee: Referee, fresh: Contender, stretches: list[list[
     again = difference(first)
     referee.reveal(first, fresh)
     same = difference(later)
-    later_unseen(referee, fresh, stretches)
     sheet.see(5, before <= limit, f"the first rows score {before:.1e} nats off in a fresh process")
     sheet.see(5, again <= limit, f"after reset() the first rows score {again:.1e} nats off")
     sheet.see(16, same <= limit, f"adapted again in a fresh process, later rows score {same:.1e} nats off")
@@ -129,20 +130,20 @@ def adapted_only_later(referee: Referee, fresh: Contender, stretches: list[list[
 
 
 def later_unseen(referee: Referee, fresh: Contender, stretches: list[list[Row]]) -> None:
-    """A scorer that has learned again up to a stretch drawn at random, asked for rows there that it never saw: one may
-    be honest at first and look ahead later. Not where learning so far would take more than its share of the probes'
-    time."""
-    limits = referee.contender.limits
-    left = LATER_SHARE * (limits.probe_seconds - limits.probing)
-    reach = min(1.0, left / max(limits.scoring, 1e-9))
-    last = int(reach * (len(stretches) - 1))
-    if last < 2:  # the first two it has been shown
+    """A scorer that learns again, and at stretches drawn at random is asked for rows that it never saw: one may be
+    honest at first and look ahead later. Its seconds are beside those of the probes, which it could have used up."""
+    count, limits = len(stretches), fresh.limits
+    if count < 2:
         return
-    number = int(referee.rng.integers(2, last + 1))
+    late = int(referee.rng.integers(max(1, count - -(-count // 4)), count))
+    others = referee.rng.permutation(np.arange(1, count))[: LATER - 1]
+    limits.probe_seconds += 2 * limits.scoring + AGAIN_SECONDS
     fresh.reset()
-    for rows in stretches[:number]:
-        referee.reveal(rows, fresh)
-    usual = max(r.length for r in stretches[number])
-    rows = [r for r in stretches[number] if r.length == usual]
-    referee.ask_unseen([rows[int(n)] for n in referee.rng.permutation(len(rows))[:UNSEEN_ROWS]], fresh)
-    referee.sheet.note(1, f"asked blind in a fresh process that had learned {number} of {len(stretches)} stretches")
+    for number, stretch in enumerate(stretches[: max(late, *others) + 1]):
+        if number == late or number in others:
+            usual = max(r.length for r in stretch)
+            rows = [r for r in stretch if r.length == usual]
+            referee.ask_unseen([rows[int(n)] for n in referee.rng.permutation(len(rows))[:UNSEEN_ROWS]], fresh)
+        referee.reveal(stretch, fresh)
+    told = ", ".join(map(str, sorted({late, *map(int, others)})))
+    referee.sheet.note(1, f"asked blind in a fresh process that had learned {told} of {count} stretches")

@@ -196,7 +196,7 @@ class Run:
     """Training seconds, if fewer than the track's; 0 is the track's own, which `unlimited` has none of."""
     pace: str = ""
     """What the clock counts in place of seconds, for comparisons on a busy machine: milliseconds of a step as
-    LOOPSxLENGTH=MS,... (`golf.ablate` measures them)."""
+    LOOPS=MS,... (`golf.ablate` measures them)."""
     track: Literal["none", "trackio"] = "none"
     """Mirror the finished run's log to trackio's store on this machine."""
     validate_every: int = 0

@@ -329,6 +329,22 @@ def training_flops(folder: Path, config: Config, steps: int) -> int:
     return sum(times * step_flops(config, loops) for loops, times in Counter(r["loops"] for r in taken).items())
 
 
+def called_invalid(record: Record, why: str) -> Record:
+    """A record without its score, which a referee does not believe; how the run ended is kept."""
+    ended = record.extra if record.status == "invalid" else record.extra | {"ended": [record.status, record.reason]}
+    return replace(record, status="invalid", reason=why, val_loss=None, val_bpb=None, extra=ended)
+
+
+def as_it_ended(record: Record) -> Record:
+    """A record as it was before a referee called it invalid."""
+    if record.status != "invalid":
+        return record
+    told = record.extra.get("ended")
+    fits = isinstance(told, list) and len(told) == 2 and told[0] == "interrupted" and isinstance(told[1], str)
+    extra = {key: value for key, value in record.extra.items() if key != "ended"}
+    return replace(record, status=told[0] if fits else "complete", reason=told[1] if fits else "", extra=extra)
+
+
 def judged(folder: Path, record: Record, data: Path) -> Record:
     """Have the referee score the folder in a process of its own; write and return the completed record."""
     command = [sys.executable, str(ROOT / "eval_bpb.py"), str(folder), "--data", str(data), "--json"]
@@ -344,13 +360,13 @@ def judged(folder: Path, record: Record, data: Path) -> Record:
     try:
         verdict = json.loads(done.stdout)
         if "invalid" in verdict:
-            record = replace(record, status="invalid", reason=str(verdict["invalid"]), val_loss=None, val_bpb=None)
+            record = called_invalid(record, str(verdict["invalid"]))
             write(folder, record)
             return record
         record = replace(
-            record, val_loss=verdict["val_loss"], val_bpb=verdict["val_bpb"], eval_seconds=verdict["eval_seconds"],
+            as_it_ended(record), val_loss=verdict["val_loss"], val_bpb=verdict["val_bpb"],
+            eval_seconds=verdict["eval_seconds"],
             val_tokens=verdict["val_tokens"], val_bytes=verdict["val_bytes"], model_sha256=verdict["model_sha256"],
-            **({"status": "complete", "reason": ""} if record.status == "invalid" else {}),  # judged so before
         )  # fmt: skip
     except (ValueError, KeyError) as error:
         why = f"it was ended by signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"

@@ -47,11 +47,10 @@ def rescored(
         write_bytes(aside / "model.bin", with_note(data, note | {"scoring": changed(scoring)}))
         measured, adapts = folders.sizes(aside), scoring.adapts
         new = replace(
-            record, stride=scoring.stride, chunk=scoring.chunk if adapts else 0, adapts=adapts, val_bpb=None,
-            val_loss=None, eval_seconds=None, bytes_model=measured.weights, bytes_total=measured.total,
+            records.as_it_ended(record), stride=scoring.stride, chunk=scoring.chunk if adapts else 0, adapts=adapts,
+            val_bpb=None, val_loss=None, eval_seconds=None, bytes_model=measured.weights, bytes_total=measured.total,
             content_shapes=scoring.exit != "none", headroom=record.cap - measured.total,
             config=record.config | {"scoring": asdict(scoring)},
-            **({"status": "complete", "reason": ""} if record.status == "invalid" else {}),  # asked so, it may be valid
         )  # fmt: skip
         with contextlib.suppress(UsageError):  # a stranger's record has no configuration of ours
             new = replace(new, fingerprint=records.config_of(new).fingerprint)

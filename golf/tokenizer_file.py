@@ -13,6 +13,7 @@ PIECES, TRAINER, NORMALIZER = 1, 2, 3  # the model's fields
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # kinds of a field on the wire
 NAMES = range(44, 50)  # the trainer's fields that hold the text of special pieces
 LONGEST_NAME = 32
+BYTE_PIECES = 260  # bytes and controls, which a text need not hold
 USUAL_BYTES = 24  # of a piece, its score and type: those of the contest's tokenizers take 13 to 16
 
 
@@ -76,6 +77,7 @@ def lean(model: bytes) -> bytes:
     return b"".join(out)
 
 
-def excess(model: bytes, pieces: int) -> int:
-    """Bytes of a lean model beyond what so many pieces usually take."""
-    return max(0, len(model) - USUAL_BYTES * pieces)
+def excess(model: bytes, used: int) -> int:
+    """Bytes of a lean model beyond what pieces usually take: those of a text, of which so many differ, and of bytes;
+    pieces that the text never holds could hold anything else."""
+    return max(0, len(model) - USUAL_BYTES * (used + BYTE_PIECES))

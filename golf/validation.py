@@ -44,7 +44,7 @@ class ByteVocabulary:
 
 class Tokenizer:
     """A declared tokenizer as the referee runs it. Scorers get `shown`: the file itself where it is the data's own or
-    published, else its vocabulary alone; `excess` bytes of that are more than a vocabulary's, and count."""
+    published, else its vocabulary alone, of which what is more than a vocabulary of the text counts."""
 
     def __init__(self, submission: Submission, given: bytes):
         self.model = tokenizer_bytes(submission, given)
@@ -54,12 +54,18 @@ class Tokenizer:
         except UsageError as error:
             raise Invalid(f"{str(error)[0].lower()}{str(error)[1:-1]}", 7) from error
         self.vocab_size, self.bos = self.table.vocab_size, self.table.bos
+        if self.bos < 0:
+            raise Invalid("the tokenizer has no piece that opens a document (BOS)", 7)
         known = self.model == given or hashlib.sha256(self.model).hexdigest() in PUBLISHED_TOKENIZERS
         try:
             self.shown = self.model if known or self.kind == "bytes" else lean(self.model)
         except ValueError as error:
             raise Invalid(f"the tokenizer cannot be read ({error})", 7) from error
-        self.excess = 0 if known or self.kind == "bytes" else excess(self.shown, self.vocab_size)
+        self.known = known or self.kind == "bytes"
+
+    def excess(self, tokens: np.ndarray) -> int:
+        """Bytes of what is shown that count: more than pieces of the text usually take."""
+        return 0 if self.known else excess(self.shown, np.unique(tokens).size)
 
     def encode(self, text: str) -> list[int]:
         return self.table.encode(casing.lower(text) if self.transform == "case" else text)

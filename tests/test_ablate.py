@@ -182,6 +182,10 @@ def test_a_row_of_other_options_of_the_run_is_another(tmp_path, corpus):
     other = replace(plan, variants=plan.variants | {"control": ["--run.dtype", "bfloat16"]})
     assert not same(other, mine) and ("control", 1) in wanted(other, [mine])
     assert not same(plan, mine | {"flags": [*words, "--run.threads=7"]})
+    bytes_ = replace(plan, equal="bytes", flags=[*plan.flags, "--run.cap", "60"])
+    words = [*words_of(bytes_, "control", 1), *budget_flags(bytes_, "control", configuration(bytes_, "control", 1))]
+    short = mine | {"equal": "bytes", "flags": words}
+    assert same(bytes_, short) and not same(replace(bytes_, flags=[*plan.flags, "--run.cap", "30"]), short)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"control": 1}', '{"control": {"work": "x"}}', "[" * 100_000])

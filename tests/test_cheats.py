@@ -23,6 +23,7 @@ import eval_bpb
 from golf.contender import Limits
 from golf.data import Corpus, write_shard
 from golf.prepare import train_tokenizer
+from golf.tokenizer_file import PIECES, message
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 512
@@ -44,6 +45,7 @@ class Entry:
     prepare: Callable[[Path, Path], Path | None] = lambda folder, corpus: None
     """Writes more files; may return other data to judge on."""
     seconds: float = 120.0
+    probe_seconds: float = 600.0
     source: str = ""
     """Its code, where it is not a file of its own name: a model without fault beside which something is wrong."""
 
@@ -176,6 +178,18 @@ def swollen(folder: Path, corpus: Path) -> None:
     own_tokenizer(folder, spm(texts_of(corpus), normalization_rule_name="identity", user_defined_symbols=noise))
 
 
+def unused(folder: Path, corpus: Path) -> None:
+    """A tokenizer of one's own with thousands of short pieces that never occur, each of which holds what one likes."""
+    rng = np.random.default_rng(0)
+    letters = ["".join(chr(int(c)) for c in rng.integers(33, 127, 12)).encode() for _ in range(20_000)]
+    floats = rng.standard_normal(20_000).astype("<f4")
+    more = [
+        message(PIECES, [b"\x0a\x0d\x7f" + piece, b"\x15" + score.tobytes()])
+        for piece, score in zip(letters, floats, strict=True)
+    ]
+    own_tokenizer(folder, (corpus / "tokenizer.model").read_bytes() + b"".join(more))
+
+
 def among_training(folder: Path, corpus: Path) -> None:
     """Validation text among a hundred times as much of the training text."""
     from golf.bpb import ByteTable
@@ -217,6 +231,9 @@ CHEATS = {
     "turns_later": Entry(2, keys={"adapts": True, "chunk": 1024}),
     "answers_first": Entry(0),
     "swollen_tokenizer": Entry(9, prepare=swollen, source="honest_uniform"),
+    "unused_pieces": Entry(9, prepare=unused),
+    "sums_over": Entry(3),
+    "sleeps_away": Entry(0, keys={"adapts": True, "chunk": 1024}, seconds=30, probe_seconds=3),
     "chosen_training_text": Entry(13, prepare=among_training, source="honest_bigram"),
     "leaks_state": Entry(15),
     "batch_neighbours": Entry(14),
@@ -264,7 +281,7 @@ def counts(corpus: Path) -> bytes:
 
 def judge(name: str, entry: Entry, kind: str, place: Path, corpus: Path, counts: bytes, off: frozenset = frozenset()):
     folder, data = make(name, entry, kind, place, corpus, counts)
-    limits = Limits(entry.seconds if 10 not in off else 600)
+    limits = Limits(entry.seconds if 10 not in off else 600, entry.probe_seconds)
     return eval_bpb.judge(folder, data, off=off, limits=limits)
 
 

@@ -80,7 +80,7 @@ def test_a_killed_scoring_goes_on_and_comes_to_the_same(tmp_path, corpus, adapts
     assert whole["valid"], whole
     kill_in_the_middle(folder, corpus, kept)
     state = json.loads(kept.read_text())
-    assert 0 < state["count"] < whole["val_tokens"] and state["lead"]["count"] > 0
+    assert 0 < state["count"] < whole["val_tokens"] and state["surplus"]["count"] > 0
     with open(kept.with_name(kept.name + ".f32"), "ab") as file:
         file.write(b"\x00" * 7)  # what was appended and never said to stand
     asked = []
@@ -103,7 +103,7 @@ def test_a_killed_scoring_goes_on_and_comes_to_the_same(tmp_path, corpus, adapts
     assert "interrupted 1 times" in evidence[6] and "lifted" in evidence[10]
     assert verdict["eval_seconds"] > state["scoring"]
     assert next(c["status"] for c in verdict["checks"] if c["number"] == 10) != "failed"
-    assert json.loads(kept.read_text())["lead"]["count"] > state["lead"]["count"]  # what was seen before still counts
+    assert json.loads(kept.read_text())["surplus"]["count"] > state["surplus"]["count"]  # what was seen before still counts
 
 
 @pytest.mark.slow

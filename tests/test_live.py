@@ -112,6 +112,17 @@ def test_a_watcher_follows_a_writer_and_says_when_it_is_gone(tmp_path):
         writer.wait()
 
 
+def test_a_run_that_goes_on_after_its_record_is_followed(tmp_path):
+    rows = [{"event": "step", "step": 1}, {"event": "record", "status": "interrupted", "val_bpb": 2.5},
+            {"event": "start"}, {"event": "step", "step": 2}]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("record.py", "watch", tmp_path)
+    assert done.returncode == 1 and "ended without a record" in done.stderr, done.stdout
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    done = run("record.py", "watch", tmp_path)
+    assert done.returncode == 0 and "interrupted: val_bpb 2.5, None bytes" in done.stdout, done.stderr
+
+
 def test_a_half_written_line_is_waited_for_and_a_torn_one_passed_over(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text(json.dumps(step(1)) + "\n{torn\n" + json.dumps(step(2)) + "\n" + json.dumps(step(3))[:20])

@@ -54,6 +54,27 @@ def test_the_file_is_as_long_as_the_score_says():
     assert result["holds"] and abs(size - result["overhead_bytes"] - nats / math.log(2) / 8) <= 3
 
 
+class Learner(Table):
+    """Counts what it was shown, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown = []
+
+    def adapt(self, tokens, documents):
+        self.shown.append(sorted(zip(documents.tolist(), tokens.tolist(), strict=True)))
+
+
+@pytest.mark.parametrize("chunk", [2, 32, 50])
+def test_the_coder_adapts_to_what_the_score_adapts_to(chunk):
+    """Also the end of a document that is shorter than the rest."""
+    sample = sample_of(Table(), 5, 41, 3)
+    coder, usual = Learner(), Learner()
+    prove.compress(coder, sample, 0, chunk)
+    prove.usual_score(usual, sample, chunk)
+    assert coder.shown == usual.shown and sum(map(len, usual.shown)) > 0
+
+
 def test_another_model_reads_other_text():
     sample = sample_of(Table(), 4, 60, 1)
     data = prove.compress(Table(), sample, 0, 0)

@@ -303,6 +303,17 @@ def test_a_run_that_was_not_judged_is_told_how(tmp_path):
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_what_a_referee_called_invalid_stands_as_it_ended_when_it_no_longer_does():
+    stopped = records.Record(name="x", status="interrupted", reason="asked to stop", val_bpb=1.0)
+    twice = records.called_invalid(records.called_invalid(stopped, "too slow"), "too slow again")
+    assert (twice.status, twice.reason, twice.val_bpb) == ("invalid", "too slow again", None)
+    again = records.as_it_ended(twice)
+    assert (again.status, again.reason, again.extra) == ("interrupted", "asked to stop", {})
+    for told in ([], ["crash", "x"], 3, ["interrupted", 4]):  # a stranger's
+        odd = replace(twice, extra={"ended": told})
+        assert records.as_it_ended(odd).status == "complete"
+
+
 def test_a_run_that_is_being_judged_is_running(tmp_path):
     folder = folder_of(tmp_path, "packed", val_bpb=None, val_loss=None)
     with open(folder / "log.jsonl", "a") as log:

@@ -342,6 +342,28 @@ def test_documents_too_short_to_be_looked_for_are_scored(tmp_path, library_texts
     assert verdict["valid"] and told["status"] == "not run" and "no validation document has more" in told["evidence"]
 
 
+def test_a_tokenizer_that_opens_no_document_is_refused(tmp_path, corpus, library_texts):
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(d.text for d in library_texts[:20]), model_writer=model, vocab_size=400, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, required_chars="\u2581",
+        remove_extra_whitespaces=False, minloglevel=2, bos_id=-1, max_sentence_length=1 << 28,
+    )  # fmt: skip
+    told = {"file": "tokenizer.model", "sha256": hashlib.sha256(model.getvalue()).hexdigest()}
+    folder = submission(tmp_path / "x", corpus, UNIFORM.replace("512", "400"), tokenizer=told)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    assert "opens a document" in eval_bpb.judge(folder, corpus)["invalid"]
+    (tmp_path / "mine.model").write_bytes(model.getvalue())
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in library_texts[:80]))
+    done = run("-m", "golf.prepare", "files", tmp_path / "t.jsonl", "--tokenizer", tmp_path / "mine.model", "--out",
+               tmp_path / "out")  # fmt: skip
+    assert done.returncode == 2 and "its BOS is piece -1" in done.stderr, done.stderr
+
+
 def test_a_proof_is_read_by_a_scorer_of_the_said_vocabulary(tmp_path, corpus):
     folder = submission(tmp_path / "x", corpus, UNIFORM)
     rows = [np.arange(2)]
