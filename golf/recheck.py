@@ -136,14 +136,14 @@ def later_unseen(referee: Referee, fresh: Contender, stretches: list[list[Row]])
     if count < 2:
         return
     late = int(referee.rng.integers(max(1, count - -(-count // 4)), count))
-    others = referee.rng.permutation(np.arange(1, count))[: LATER - 1]
+    others = [n for n in referee.rng.permutation(np.arange(1, count)).tolist() if n != late][: LATER - 1]
     limits.probe_seconds += 2 * limits.scoring + AGAIN_SECONDS
     fresh.reset()
     for number, stretch in enumerate(stretches[: max(late, *others) + 1]):
-        if number == late or number in others:
+        if number in (late, *others):
             usual = max(r.length for r in stretch)
             rows = [r for r in stretch if r.length == usual]
             referee.ask_unseen([rows[int(n)] for n in referee.rng.permutation(len(rows))[:UNSEEN_ROWS]], fresh)
         referee.reveal(stretch, fresh)
-    told = ", ".join(map(str, sorted({late, *map(int, others)})))
+    told = ", ".join(map(str, sorted((late, *others))))
     referee.sheet.note(1, f"asked blind in a fresh process that had learned {told} of {count} stretches")
