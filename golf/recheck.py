@@ -103,7 +103,7 @@ def fill(referee: Referee, rows: list[Row], slots: int, asked: list[Asked]) -> l
 def adapted_only_later(referee: Referee, fresh: Contender, stretches: list[list[Row]]) -> None:
     """Random tokens in place of the true ones may change later scores only, and reset() forgets them."""
     sheet, ledger = referee.sheet, referee.ledger
-    first, later = stretches[0], stretches[min(1, len(stretches) - 1)]
+    first, later = stretches[0], stretches[1] if len(stretches) > 1 else []
 
     def difference(rows: list[Row]) -> float:
         found = 0.0
@@ -137,13 +137,14 @@ def later_unseen(referee: Referee, fresh: Contender, stretches: list[list[Row]])
         return
     late = int(referee.rng.integers(max(1, count - -(-count // 4)), count))
     others = [n for n in referee.rng.permutation(np.arange(1, count)).tolist() if n != late][: LATER - 1]
+    asked = sorted((late, *others))
     limits.probe_seconds += 2 * limits.scoring + AGAIN_SECONDS
     fresh.reset()
-    for number, stretch in enumerate(stretches[: max(late, *others) + 1]):
-        if number in (late, *others):
+    for number, stretch in enumerate(stretches[: asked[-1] + 1]):
+        if number in asked:
             usual = max(r.length for r in stretch)
             rows = [r for r in stretch if r.length == usual]
             referee.ask_unseen([rows[int(n)] for n in referee.rng.permutation(len(rows))[:UNSEEN_ROWS]], fresh)
         referee.reveal(stretch, fresh)
-    told = ", ".join(map(str, sorted((late, *others))))
+    told = ", ".join(map(str, asked))
     referee.sheet.note(1, f"asked blind in a fresh process that had learned {told} of {count} stretches")

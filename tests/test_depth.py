@@ -181,6 +181,7 @@ def test_runs_agree_with_themselves_and_not_with_chance():
         topics.agreement([tokens, replace(tokens, here=tokens.here + 1)])
 
 
+@pytest.mark.slow
 def test_three_models_that_differ_for_no_reason_are_found_to_differ_as_often_as_is_said():
     """Topics alike on average but not for each model: 5 % of p are under 0.05, of a normal tail three times as many."""
     generator, low, normal, covered = np.random.default_rng(5), 0, 0, 0

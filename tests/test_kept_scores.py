@@ -86,7 +86,8 @@ def test_a_killed_scoring_goes_on_and_comes_to_the_same(tmp_path, corpus, adapts
     asked = []
 
     def spied(contender: Contender, tokens: np.ndarray) -> np.ndarray:
-        asked.append(tokens.size)
+        if not contender.probe:  # a fresh process is asked at random
+            asked.append(tokens.size)
         return plain(contender, tokens)
 
     plain = Contender.logprobs
@@ -105,6 +106,14 @@ def test_a_killed_scoring_goes_on_and_comes_to_the_same(tmp_path, corpus, adapts
     assert next(c["status"] for c in verdict["checks"] if c["number"] == 10) != "failed"
     again = json.loads(kept.read_text())
     assert again["surplus"]["count"] > state["surplus"]["count"]  # what was seen before still counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chunk", "told"), [(1 << 20, ""), (14_000, "learned 1 of 2"), (8_000, "of 4")])
+def test_few_stretches_are_asked_blind_again_too(tmp_path, corpus, chunk, told):
+    folder = submission(tmp_path / "slow", corpus, SLOW.replace("ADAPT", LEARNS), adapts=True, chunk=chunk)
+    verdict = eval_bpb.judge(folder, corpus)
+    assert verdict["valid"] and told in verdict["checks"][0]["evidence"], verdict
 
 
 @pytest.mark.slow
