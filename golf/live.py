@@ -211,6 +211,17 @@ def display() -> Lines | Panel:
     return Panel() if sys.stdout.isatty() else Lines()
 
 
+def told_end(record: dict | None, step: int) -> int:
+    """Say how a run that was watched has ended; exit 0 where it left a record."""
+    if not record:
+        print(f"the run ended without a record, after step {step}", file=sys.stderr)
+        return 1
+    size = record.get("bytes_total")
+    size = f"{size:,}" if type(size) is int else size
+    print(printable(f"{record.get('status')}: val_bpb {record.get('val_bpb')}, {size} bytes"))
+    return 0
+
+
 def watch(folder: Path) -> int:
     """Follow a run from another terminal until it ends; exit 0 when it ends with a record, 1 when its writer is gone
     without one. Raises UsageError for a folder that is no run's."""
@@ -232,17 +243,9 @@ def watch(folder: Path) -> int:
                         shown.take(row)  # a row that was written by hand may lack anything
                     if row.get("event") in ("record", "start", "step"):  # a run may go on after its record
                         record = row if row["event"] == "record" else None
-                if not alive and record:
-                    shown.close()
-                    size = record.get("bytes_total")
-                    size = f"{size:,}" if type(size) is int else size
-                    print(printable(f"{record.get('status')}: val_bpb {record.get('val_bpb')}, {size} bytes"))
-                    return 0
                 if not alive:
                     shown.close()
-                    step = shown.state.last.get("step", 0)
-                    print(f"the run ended without a record, after step {step}", file=sys.stderr)
-                    return 1
+                    return told_end(record, shown.state.last.get("step", 0))
                 time.sleep(POLL)
     finally:
         shown.close()

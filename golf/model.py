@@ -222,7 +222,7 @@ class RecurrentGPT(nn.Module):
         return torch.stack(found), states.unflatten(0, (len(found), -1))
 
     def pondered(self, tokens: Tensor, dtype: torch.dtype = torch.float32, loops: int | None = None) -> Pondered:
-        """tokens (B, T) -> the passes' states mixed as adaptive computation time says; a token that
+        """tokens (B, T) -> the passes' states mixed as adaptive computation time says (Graves 2016); a token that
         stopped keeps its state, keys and values."""
         given = self.enter(tokens, dtype)
         x = self.prelude(given)

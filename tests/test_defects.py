@@ -92,7 +92,7 @@ def graves(weights: Callable[[Tensor], Tensor]) -> None:
 
 def test_4_act_adds_chances_and_is_not_a_product_of_survivals():
     survivals = lambda stops: halting.exit_logprobs(stops.logit()[:-1]).exp()  # noqa: E731
-    told_apart(graves, lambda stops: naive_halting.act(stops)[0], survivals)
+    told_apart(graves, lambda stops: naive_halting.act_of_the_model(stops)[0], survivals)
 
 
 def never_forced(stops: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def test_5_the_remainder_is_given_at_the_cap():
     def check(weights: Callable[[Tensor], Tensor]) -> None:
         assert weights(rarely).sum().item() == pytest.approx(1.0)
 
-    told_apart(check, lambda stops: naive_halting.act(stops)[0], never_forced)
+    told_apart(check, lambda stops: naive_halting.act_of_the_model(stops)[0], never_forced)
 
 
 def blended(stops: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def blended(stops: Tensor) -> Tensor:
 
 
 def test_6_states_are_summed_and_not_blended():
-    told_apart(graves, lambda stops: naive_halting.act(stops)[0], blended)
+    told_apart(graves, lambda stops: naive_halting.act_of_the_model(stops)[0], blended)
 
 
 def test_7_the_penalty_has_a_gradient():
@@ -172,7 +172,7 @@ def test_9_no_buffer_is_another():
         assert torch.equal(stops, before)
         torch.testing.assert_close(found, torch.tensor([[0.5, 0.2], [0.5, 0.2], [0, 0.2], [0, 0.4]]).double())
 
-    told_apart(check, lambda stops: naive_halting.act(stops)[0], aliased)
+    told_apart(check, lambda stops: naive_halting.act_of_the_model(stops)[0], aliased)
 
 
 class Untied(RecurrentGPT):

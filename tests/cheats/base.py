@@ -30,6 +30,20 @@ class Bigram:
         return self.table[tokens]
 
 
+class Stretches(Bigram):
+    """One that adapts: it counts how often, and may note what it said."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.reset()
+
+    def reset(self):
+        self.learned, self.said = 0, {}
+
+    def adapt(self, tokens, documents):
+        self.learned += 1
+
+
 def sure_of(given, rows, places, pieces, p=0.999):
     """Make pieces all but certain at some places, in place; still a distribution."""
     rest = np.log(1 - p)
