@@ -6,6 +6,7 @@ import html
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -170,11 +171,6 @@ def from_dict(values: object, where: str) -> Record:
     check_types(ours, where)
     if odd := [k for k, v in ours.get("config", {}).items() if k in PARTS and not isinstance(v, dict)]:
         raise UsageError(f"{where}: config.{odd[0]} is not an object.")
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise UsageError(f"{where}: it holds half a character ({half!a}), write it whole.") from error
     if ours.get("schema", SCHEMA) > SCHEMA:
         raise UsageError(f"{where} has schema {ours['schema']}, this program reads up to {SCHEMA}.")
     return Record(**ours, extra={k: v for k, v in values.items() if k not in known})
@@ -184,7 +180,14 @@ def read(folder: Path) -> Record:
     """The record in a run folder. Raises UsageError."""
     path = folder / "submission.json"
     try:
-        return from_dict(json.loads(read_plain(path)), str(path))
+        data = read_plain(path)
+        values = json.loads(data)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):  # a half may have its other half beside it
+            json.dumps(values, ensure_ascii=False).encode()
+        return from_dict(values, str(path))
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UsageError(f"{path}: it holds half a character ({half!a}), write it whole.") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}); name a run folder.") from error
     except (ValueError, RecursionError) as error:
