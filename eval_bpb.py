@@ -122,11 +122,13 @@ def score_text(
         referee = Referee(entry, text, contender, sheet, stock_tokens(text), official, tell)
         referee.run(kept)
         evidence.shut_in(contender, text, sheet)
+    over = max(0.0, limits.beyond - limits.grace)
+    probed = f", {over:.1f} s of it in probes that took longer than scoring does" if over else ""
     if math.isfinite(limits.seconds):
         sheet.see(10, limits.scoring <= limits.seconds, f"it took {limits.scoring:.0f} s of {limits.seconds:g}")
-        sheet.note(10, f"{limits.scoring:.1f} of {limits.seconds:g} s for loading and scoring")
+        sheet.note(10, f"{limits.scoring:.1f} of {limits.seconds:g} s for loading and scoring{probed}")
     else:
-        sheet.note(10, f"the cap on evaluation was lifted: {limits.scoring:.1f} s for loading and scoring")
+        sheet.note(10, f"the cap on evaluation was lifted: {limits.scoring:.1f} s for loading and scoring{probed}")
     if kept:
         times = kept.state["interruptions"]
         sheet.note(6, f"kept in parts, interrupted {times} times, seconds summed, nothing scored twice")

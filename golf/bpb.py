@@ -18,6 +18,7 @@ import numpy as np
 from golf.errors import UsageError
 
 SPACE = "\u2581"
+PART = 1000  # documents counted at a time
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,13 @@ class ByteTable:
 
     def count(self, previous: np.ndarray, targets: np.ndarray) -> int:
         """Bytes of `targets`, each after its token in `previous`; any shape. Raises UsageError on an unknown piece."""
-        if (targets == self.unknown).any():
-            raise UsageError("The tokens hold the unknown piece, which loses bytes; use one with byte fallback.")
         return int(self.sizes(previous, targets).sum(dtype=np.int64))
 
     def sizes(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Bytes of each of `targets`, each after its token in `previous`: int32 of their shape."""
+        """Bytes of each of `targets`, each after its token in `previous`: int32 of their shape. Raises UsageError on an
+        unknown piece."""
+        if (targets == self.unknown).any():
+            raise UsageError("The tokens hold the unknown piece, which loses bytes; use one with byte fallback.")
         found = self.length[targets]
         return found - (self.spaced[targets] & self.boundary[previous]) if self.drops_first_space else found
 
@@ -124,10 +126,24 @@ def documents(tokens: np.ndarray, bos: int) -> Iterator[np.ndarray]:
         yield tokens[start + 1 : end]
 
 
+def bytes_of_documents(table: ByteTable, tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Bytes of each document of a stream as the table counts them, (D,) int64; `starts` (D,) is where they begin. The
+    stream's first token is never a target. Raises UsageError on an unknown piece."""
+    found = np.zeros(starts.size, dtype=np.int64)
+    for at in range(0, starts.size, PART):
+        low = int(starts[at])
+        high = int(starts[at + PART]) if at + PART < starts.size else tokens.size
+        first = max(low, 1)
+        lengths = np.zeros(high - low, dtype=np.int64)
+        lengths[first - low :] = table.sizes(tokens[first - 1 : high - 1], tokens[first:high])
+        found[at : at + PART] = np.add.reduceat(lengths, starts[at : at + PART] - low)
+    return found
+
+
 def decoded_bytes(table: ByteTable, tokens: np.ndarray) -> int:
     """Bytes of the text as the tokenizer's own library decodes it, document by document."""
     total, rows = 0, documents(np.asarray(tokens), table.bos)
-    while batch := [d.tolist() for d in itertools.islice(rows, 1000)]:
+    while batch := [d.tolist() for d in itertools.islice(rows, PART)]:
         total += sum(len(text.encode()) for text in table.processor.decode(batch))
     return total
 

@@ -43,6 +43,7 @@ LEAST_FREE = 0.02  # of the machine's memory, below which the scorer is stopped:
 MOST_NUMBERS = 1 << 29  # log-probabilities of one row, two gigabytes
 LONGEST_WAIT = 60.0  # seconds between two looks at the limits, where they are far
 LOOK_EVERY = 0.2  # seconds between two looks at a scorer's memory
+PROBE_TIMES = 10  # times as long as a row that is scored, what a row that is only probed may take
 KEPT_VARIABLES = ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
@@ -62,13 +63,30 @@ class Limits:
     probe_seconds: float = 600.0
     memory: int = 0
     """Bytes of its process tree; 0 is three quarters of the machine's."""
+    grace: float = 30.0
+    """Seconds for what a scorer prepares when it is first asked in full."""
     scoring: float = field(default=0.0, init=False)
     probing: float = field(default=0.0, init=False)
+    rows: float = field(default=0.0, init=False)
+    """That were asked for to be scored."""
+    rows_took: float = field(default=0.0, init=False)
+    """Seconds of scoring without what loading and adapting take."""
+    beyond: float = field(default=0.0, init=False)
+    """Seconds by which rows that were only probed took longer than they may."""
 
-    def spend(self, seconds: float, share: float) -> None:
-        """Note seconds of which a share was for probes."""
+    def spend(self, seconds: float, share: float, rows: int = 0) -> None:
+        """Note seconds that `rows` took, of which a share was for probes. What a scorer does while it is only probed
+        could be work for the rows to come: a row may take PROBE_TIMES what one takes that is scored, and what all take
+        beyond that and the grace is scoring."""
         self.probing += seconds * share
         self.scoring += seconds * (1 - share)
+        if share < 1:
+            self.rows += rows * (1 - share)
+            self.rows_took += seconds * (1 - share) if rows else 0.0
+        elif rows and self.rows:
+            before = max(self.grace, self.beyond)
+            self.beyond += max(0.0, seconds - PROBE_TIMES * rows * self.rows_took / self.rows)
+            self.scoring += max(self.grace, self.beyond) - before
 
     def left(self, share: float) -> float:
         """Seconds until one of the two is used up."""
@@ -218,8 +236,8 @@ class Contender:
                 process.kill()
         self.process.wait()
 
-    def receive(self) -> dict:
-        """The scorer's next message, and its time on the clock."""
+    def receive(self, rows: int = 0) -> dict:
+        """The scorer's next message, and its time on the clock; `rows` that it was asked for."""
         began, share = time.monotonic(), 1.0 if self.probe else self.share
         while b"\n" not in self.pending:
             left = self.limits.left(share) - (time.monotonic() - began)
@@ -237,7 +255,7 @@ class Contender:
             self.pending += part
             if len(self.pending) > 1 << 20:
                 raise Invalid("the scorer answered with something else than a short message")
-        self.limits.spend(time.monotonic() - began, share)
+        self.limits.spend(time.monotonic() - began, share, 0 if self.probe else rows)
         line, self.pending = self.pending.split(b"\n", 1)
         try:
             message = json.loads(line)
@@ -268,7 +286,8 @@ class Contender:
             raise Invalid("the scorer does not read what it is asked")
         with contextlib.suppress(BrokenPipeError):  # receive() says how the process ended
             os.write(self.requests, (json.dumps({"ask": kind, **what}) + "\n").encode())
-        if self.receive().get("rows") != max(1, what.get("rows", 0)):
+        rows = what.get("rows", 0)
+        if self.receive(rows).get("rows") != max(1, rows):
             raise Invalid("the scorer answered another request than the one made")
 
     def numbers(self, *dims: int) -> np.ndarray:

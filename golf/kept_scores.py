@@ -24,7 +24,8 @@ from golf.log_file import lock
 from golf.rows import Row
 from golf.sheet import Lead
 
-SCHEMA = 3
+SCHEMA = 4
+SPENT = ("scoring", "probing", "rows", "rows_took", "beyond")  # of the limits
 
 
 class KeptScores:
@@ -72,8 +73,8 @@ class KeptScores:
         for row in itertools.chain(*stretches[: self.state["stretches"]]):
             referee.ledger.commit(row, scores[row.new.start - 1 : row.new.stop - 1])
         referee.committed = self.state["committed"]
-        limits.scoring += self.state["scoring"]
-        limits.probing += self.state["probing"]
+        for name in SPENT:
+            setattr(limits, name, getattr(limits, name) + self.state[name])
         for number, check in self.state["checks"].items():
             mine = referee.sheet.checks[int(number)]
             mine.tried, mine.faults = mine.tried + check["tried"], mine.faults + check["faults"]
@@ -97,9 +98,9 @@ class KeptScores:
         times = self.state.get("interruptions", 0)
         self.state = {
             "schema": SCHEMA, "identity": self.identity, "stretches": stretches, "count": referee.ledger.count,
-            "committed": referee.committed, "scoring": limits.scoring,
-            "probing": limits.probing, "checks": checks, "flip_nats": referee.flip_nats, "compared": referee.compared,
-            "identical": referee.identical, "distributions": referee.distributions, "worst": referee.worst,
+            "committed": referee.committed, "checks": checks, "flip_nats": referee.flip_nats,
+            "compared": referee.compared, "identical": referee.identical, "distributions": referee.distributions,
+            "worst": referee.worst, **{name: getattr(limits, name) for name in SPENT},
             "lead": asdict(referee.lead), "surplus": asdict(referee.surplus),
             "interruptions": times, "sha256": self.digest.hexdigest(),
         }  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 import zstandard
 
 from golf import casing
-from golf.bpb import ByteTable, decoded_bytes, documents
+from golf.bpb import ByteTable, bytes_of_documents, decoded_bytes, documents
 from golf.contender import Invalid
 from golf.data import Corpus
 from golf.errors import UsageError
@@ -156,17 +156,16 @@ def from_shards(corpus: Corpus, tokenizer: Tokenizer) -> Validation:
             f"--data {corpus.folder}: a validation token exceeds the tokenizer's {table.vocab_size} pieces."
         )
     by_text = decoded_bytes(table, tokens)
-    by_table = table.count(tokens[:-1], tokens[1:])
+    starts = np.flatnonzero(tokens == tokenizer.bos)
+    if not starts.size or starts[0]:
+        starts = np.concatenate([[0], starts])
+    counted = bytes_of_documents(table, tokens, starts)
+    by_table = int(counted.sum())
     if by_table != by_text:
         raise UsageError(
             f"The validation text decodes to {by_text:,} bytes but the token table counts {by_table:,}; "
             "the tokenizer does not fit these shards."
         )
-    starts = np.flatnonzero(tokens == tokenizer.bos)
-    if not starts.size or starts[0]:
-        starts = np.concatenate([[0], starts])
-    lengths = np.concatenate([[0], table.sizes(tokens[:-1], tokens[1:])])
-    counted = np.add.reduceat(lengths, starts, dtype=np.int64)
     differing = again = seen = 0
     for document in documents(tokens, tokenizer.bos):
         if seen > ENCODED_AGAIN:

@@ -9,7 +9,8 @@ from conftest import unpacked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.bpb import ByteTable, Score, decoded_bytes, documents, windows
+from golf import bpb
+from golf.bpb import ByteTable, Score, bytes_of_documents, decoded_bytes, documents, windows
 from golf.data import Corpus
 from golf.errors import UsageError
 
@@ -113,7 +114,7 @@ def test_a_tokenizer_without_the_bare_space_piece_is_refused(library_texts):
         ByteTable(model.getvalue())
 
 
-def test_a_space_that_the_tokenizer_adds_is_no_byte_of_the_text(library_texts):
+def test_a_space_that_the_tokenizer_adds_is_no_byte_of_the_text(library_texts, monkeypatch):
     """SentencePiece's default puts one before each document and takes it off again."""
     import io
 
@@ -134,6 +135,9 @@ def test_a_space_that_the_tokenizer_adds_is_no_byte_of_the_text(library_texts):
     tokens, size = np.array(row), sum(len(t.encode()) for t in texts)
     assert table.count(tokens[:-1], tokens[1:]) == decoded_bytes(table, tokens) == size
     assert table.sizes(tokens[:-1], tokens[1:]).sum() == size
+    monkeypatch.setattr(bpb, "PART", 7)
+    starts = np.flatnonzero(tokens == bos)
+    assert bytes_of_documents(table, tokens, starts).tolist() == [len(t.encode()) for t in texts]
 
 
 @settings(max_examples=100, deadline=None)

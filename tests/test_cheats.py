@@ -46,6 +46,7 @@ class Entry:
     """Writes more files; may return other data to judge on."""
     seconds: float = 120.0
     probe_seconds: float = 600.0
+    grace: float = 30.0
     source: str = ""
     """Its code, where it is not a file of its own name: a model without fault beside which something is wrong."""
 
@@ -234,6 +235,7 @@ CHEATS = {
     "unused_pieces": Entry(9, prepare=unused),
     "sums_over": Entry(3),
     "sleeps_away": Entry(0, keys={"adapts": True, "chunk": 1024}, seconds=30, probe_seconds=3),
+    "works_when_probed": Entry(10, keys={"adapts": True, "chunk": 1024}, seconds=20, grace=1),
     "chosen_training_text": Entry(13, prepare=among_training, source="honest_bigram"),
     "leaks_state": Entry(15),
     "batch_neighbours": Entry(14),
@@ -281,7 +283,7 @@ def counts(corpus: Path) -> bytes:
 
 def judge(name: str, entry: Entry, kind: str, place: Path, corpus: Path, counts: bytes, off: frozenset = frozenset()):
     folder, data = make(name, entry, kind, place, corpus, counts)
-    limits = Limits(entry.seconds if 10 not in off else 600, entry.probe_seconds)
+    limits = Limits(entry.seconds if 10 not in off else 600, entry.probe_seconds, grace=entry.grace)
     return eval_bpb.judge(folder, data, off=off, limits=limits)
 
 

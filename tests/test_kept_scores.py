@@ -129,7 +129,7 @@ def test_kept_scores_that_were_tampered_with_are_not_what_the_judge_finds(tmp_pa
 
 def test_scores_of_another_submission_or_damaged_ones_are_refused(tmp_path):
     path = tmp_path / "kept.json"
-    path.write_text('{"schema": 3, "stretches": 1, "count": 2, "identity": {"folder": "a"}}')
+    path.write_text('{"schema": 4, "stretches": 1, "count": 2, "identity": {"folder": "a"}}')
     (tmp_path / "kept.json.f32").write_bytes(np.zeros(2, "<f4").tobytes())
     assert KeptScores(path, {"folder": "a"}).count == 2
     with pytest.raises(UsageError, match="of another submission"):
@@ -137,7 +137,7 @@ def test_scores_of_another_submission_or_damaged_ones_are_refused(tmp_path):
     (tmp_path / "kept.json.f32").write_bytes(b"")
     with pytest.raises(UsageError, match="of another submission"):
         KeptScores(path, {"folder": "a"})
-    path.write_text('{"schema": 3, "count": 2')
+    path.write_text('{"schema": 4, "count": 2')
     with pytest.raises(UsageError, match="damaged"):
         KeptScores(path, {"folder": "a"})
 
@@ -155,7 +155,7 @@ def test_old_scores_beside_a_file_that_was_deleted_are_not_taken(tmp_path, corpu
 @pytest.mark.slow
 def test_scores_kept_at_other_distances_are_another_scorings(tmp_path, corpus):
     path = tmp_path / "kept"
-    path.write_text('{"schema": 3, "stretches": 1, "count": 2, "identity": {"every": 5}}')
+    path.write_text('{"schema": 4, "stretches": 1, "count": 2, "identity": {"every": 5}}')
     (tmp_path / "kept.f32").write_bytes(np.zeros(2, "<f4").tobytes())
     assert KeptScores(path, {"every": 5}, 5).count == 2
     folder = folder_of(tmp_path, corpus, False)

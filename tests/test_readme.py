@@ -45,14 +45,20 @@ def script_of(command: str) -> tuple[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory) -> Path:
-    """A judged run of a looped model whose tokens may stop."""
+def finished(corpus, tmp_path_factory) -> dict[str, Path]:
+    """What stands in runs/ where the pages' commands are tried: runs of a looped model whose tokens may stop, and some
+    that the project keeps."""
     place = tmp_path_factory.mktemp("readme")
     done = run("train_gpt.py", "smoke", *TINY, "--run.data", corpus, "--run.runs", place, "--run.max-steps", 10,
                "--shape.no-skips", "--recipe.depth-loss", "each", "--pack.calibration-batches", 0)  # fmt: skip
     assert done.returncode == 0, done.stderr
     (folder,) = place.iterdir()
-    return folder
+    for command in (("depth_map.py", "gate", folder, place / "gated", "--data", corpus, "--steps", 4),
+                    ("artifact.py", "rescore", folder, place / "stops", "--exit", "entropy")):  # fmt: skip
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    kept = {"yardstick": ROOT / "runs" / "yardstick"}
+    return {"FOLDER": folder, "OTHER": folder, "gated": place / "gated", "stops": place / "stops"} | kept
 
 
 def test_the_pages_show_commands_of_every_script():
@@ -104,8 +110,8 @@ def test_what_is_cheap_runs_as_it_stands(finished, corpus, tmp_path):
         if not cheap:
             continue
         place = tmp_path / str(ran)
-        shutil.copytree(finished, place / "runs" / "FOLDER")
-        shutil.copytree(finished, place / "runs" / "OTHER")
+        for name, folder in finished.items():
+            shutil.copytree(folder, place / "runs" / name)
         shutil.copytree(corpus, place / "data" / "tiny")
         done = run(ROOT / script, *words, cwd=place, DATA_PATH=str(place / "data" / "tiny"))
         assert done.returncode == 0, (command, done.stderr)

@@ -198,6 +198,20 @@ def test_a_scorer_that_hangs_is_stopped_at_the_cap(tmp_path, corpus):
     assert time.monotonic() - began < 10
 
 
+def test_what_probes_take_beyond_what_scoring_takes_is_scoring():
+    limits = Limits(60, grace=5)
+    limits.spend(10, 0.0)  # loading
+    limits.spend(8, 0.5, rows=8)  # a second a row
+    limits.spend(20, 1.0, rows=2)
+    assert (limits.scoring, limits.probing, limits.beyond) == (14, 24, 0)
+    limits.spend(23, 1.0, rows=2)
+    assert (limits.scoring, limits.beyond) == (14, 3)
+    limits.spend(26, 1.0, rows=2)
+    assert (limits.scoring, limits.beyond) == (18, 9)
+    limits.spend(100, 1.0)  # a process of the probes' own
+    assert (limits.scoring, limits.probing) == (18, 173)
+
+
 @pytest.mark.parametrize(("line", "words"), [
     ("hoard = [bytearray(1 << 26) for _ in range(100)]; import time; time.sleep(60)", "GB of memory"),
     ("import os, time; [os.fork() or time.sleep(60) for _ in range(1200)]; time.sleep(60)", "processes"),
