@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +110,17 @@ class Scorer:
             self.model, weights, tuple(given), {"dtype": self.dtype, "isolate": self.scoring.isolate}
         )  # fmt: skip
 
+    def parts(self, tokens: np.ndarray) -> Iterator[slice]:
+        """Rows of tokens (B, T) whose logits are held at a time."""
+        rows = max(1, LOGITS_AT_A_TIME[self.device.type] // (self.vocab * tokens.shape[1]))
+        return (slice(at, at + rows) for at in range(0, len(tokens), rows))
+
     @torch.no_grad()
     def logprobs(self, tokens: np.ndarray) -> np.ndarray:
         """tokens (B, T) int64 -> natural-log probabilities (B, T, V) float32 of the piece after each position."""
-        logprobs = torch.log_softmax(self.run(self.weights(), tokens), dim=-1).cpu().numpy()
+        weights, logprobs = self.weights(), np.empty((*tokens.shape, self.vocab), dtype=np.float32)
+        for part in self.parts(tokens):
+            logprobs[part] = torch.log_softmax(self.run(weights, tokens[part]), dim=-1).cpu().numpy()
         if self.runs:
             below = np.exp(logprobs.astype(np.float64))
             rows = [self.runs.spread(row, p) for row, p in zip(tokens, below, strict=True)]
@@ -122,14 +130,11 @@ class Scorer:
     @torch.no_grad()
     def score(self, tokens: np.ndarray) -> np.ndarray:
         """tokens (B, T + 1) int64 -> (B, T) float32: the log-probability of each but the first."""
-        rows = max(1, LOGITS_AT_A_TIME[self.device.type] // (self.vocab * tokens.shape[1]))
-        weights, parts = self.weights(), []
-        for at in range(0, len(tokens), rows):
-            part = tokens[at : at + rows]
-            logprobs = torch.log_softmax(self.run(weights, part[:, :-1]), dim=-1)
-            targets = torch.from_numpy(np.ascontiguousarray(part[:, 1:, None])).to(self.device)
-            parts.append(logprobs.gather(-1, targets)[..., 0].cpu().numpy())
-        scores = np.concatenate(parts)
+        weights, scores = self.weights(), np.empty((len(tokens), tokens.shape[1] - 1), dtype=np.float32)
+        for part in self.parts(tokens[:, 1:]):
+            logprobs = torch.log_softmax(self.run(weights, tokens[part, :-1]), dim=-1)
+            targets = torch.from_numpy(np.ascontiguousarray(tokens[part, 1:, None])).to(self.device)
+            scores[part] = logprobs.gather(-1, targets)[..., 0].cpu().numpy()
         if self.runs:
             below = np.exp(scores.astype(np.float64))
             rows = [self.runs.score(row, p) for row, p in zip(tokens, below, strict=True)]
