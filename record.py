@@ -25,7 +25,7 @@ from typing import Literal
 import tyro
 from tyro.conf import Positional
 
-from golf import records, run_list
+from golf import records, run_list, verdicts
 from golf.console import parse, printable, run_script
 from golf.data import Corpus
 from golf.errors import UsageError
@@ -85,7 +85,7 @@ def show(folder: Positional[str], json: bool = False) -> int:
     """
     if not (Path(folder) / "submission.json").exists() and (Path(folder) / "log.jsonl").exists():
         return show_unfinished(run_list.one(Path(folder)), json)
-    record, verdict = records.read(Path(folder)), records.read_verdict(Path(folder))
+    record, verdict = records.read(Path(folder)), verdicts.read(Path(folder))
     if json:
         print(dumps(record.as_dict() | {"verdict": verdict}))
         return 0
@@ -100,7 +100,7 @@ def show(folder: Positional[str], json: bool = False) -> int:
         print(f"{key}: {value:,}" if type(value) is int else printable(f"{key}: {value}"))
     for seed, told in results.items():
         print(printable(f"seed {seed}: {told}"))
-    print(printable(f"verdict: {records.said_verdict(verdict)}"))
+    print(printable(f"verdict: {verdicts.said(verdict)}"))
     return 0
 
 
@@ -202,10 +202,10 @@ def judge(folder: Positional[str], data: str = "") -> int:
         raise UsageError(f"{folder}: the run is {record.status}, or has no artifact; name one that was packed.")
     text = data or record.config.get("run", {}).get("data", "")
     Corpus(text, "--data")
-    record = records.judged(place, record, Path(text))
+    record = verdicts.judged(place, record, Path(text))
     pages.write(place)
     print("\n".join(printable(f"{key}: {value}") for key, value in record.closing().items()))
-    print(printable(f"verdict: {records.said_verdict(records.read_verdict(place))}"))
+    print(printable(f"verdict: {verdicts.said(verdicts.read(place))}"))
     return 1 if record.status == "invalid" else 0
 
 

@@ -298,7 +298,7 @@ def quantization_penalty(
 
 def main() -> int:
     import budget
-    from golf import bundle, journal, last_words, presets, records, report, resume, track, watchdog
+    from golf import bundle, journal, last_words, presets, records, report, resume, track, verdicts, watchdog
 
     config = presets.parse_command_line(sys.argv[1:])
     config.check(int(os.environ.get("WORLD_SIZE", 1)))
@@ -351,10 +351,10 @@ def main() -> int:
                 if machine.device.type == "cuda":
                     torch.cuda.empty_cache()
                 log.write({"event": "judging"})
-                record = records.judged(folder, record, Path(config.run.data))
+                record = verdicts.judged(folder, record, Path(config.run.data))
             if record.status == "complete":
                 keeper.clear()
-            log.close_with(record, records.said_verdict(records.read_verdict(folder)))
+            log.close_with(record, verdicts.said(verdicts.read(folder)))
             report.write(folder)
             if config.run.track == "trackio":
                 track.mirror(folder, config)

@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from golf import codec, lint, log_file, prove, records, report, run_list, search, submission
+from golf import codec, lint, log_file, prove, records, report, run_list, search, submission, verdicts
 from golf.bpb import ByteTable
 from golf.checkpoint import read_tensors
 from golf.data import Corpus, read_shard
@@ -68,7 +68,7 @@ def submission_json(data: bytes) -> None:
     folder = file_of(data, "submission.json").parent
     (folder / "verdict.json").write_bytes(data)
     record = records.read(folder)
-    records.read_verdict(folder)
+    verdicts.read(folder)
     record.closing(), record.claimed_bpb
     submission.read(folder)
 

@@ -13,21 +13,18 @@ from __future__ import annotations
 import ast
 import json
 import math
-import re
 import statistics
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from golf.config import TRACKS
 from golf.console import printable
+from golf.contest_log import Log, numbered, read_log
 from golf.errors import UsageError
 from golf.files import read_plain
 from golf.stats import NATS, P_VALUE, PRACTICE, welch
 
-LINE_LIMIT = 1 << 16  # bytes of a line that are looked at
-CUT = 1000  # of them that patterns are looked for in
 TOKENS = {  # targets of the validation set by export, whole rows and with the tail
     62_021_632: "sp1024", 62_021_845: "sp1024 with the tail", 45_508_608: "sp4096", 40_540_160: "sp8192",
     47_851_520: "CaseOps", 47_853_343: "CaseOps with the tail", 63_779_840: "the older sp1024 export",
@@ -47,20 +44,6 @@ ALIASES = {
     "bytes_code": ("code_bytes",),
 }  # fmt: skip
 
-KEYS = re.compile(
-    rb"train_time|Total submission size|val_bpb|eval_time|MiB|val_tokens|val_loader|tokens:|Code size|seed|vocab_size"
-)
-TRAIN_TIME = re.compile(rb"train_time:\s*([\d.]+)\s*(ms|s|m)\b")
-TOTAL_SIZE = re.compile(rb"Total submission size[^:]*:\s*([\d,]+)\s*bytes")
-CODE_SIZE = re.compile(rb"Code size[^:]*:\s*([\d,]+)\s*bytes")
-MIB = re.compile(rb"(?<![\d.])([\d.]+)\s*MiB")
-FINAL = re.compile(
-    rb"^\s*(\S*(?:final|quantized|roundtrip|ttt|sliding)\S*)\s.*?val_loss:\s*([\d.]+)\s+val_bpb:\s*([\d.]+)"
-)
-EVAL_TIME = re.compile(rb"(?:total_)?eval_time:\s*([\d.]+)\s*(ms|s)\b")
-VAL_TOKENS = re.compile(rb"(?:val_loader.*?tokens|val_tokens|validation tokens)\s*[:=]\s*([\d,]+)")
-SETTING = re.compile(rb"^\s*([A-Za-z_]\w*)\s*[:=]\s*(\S.*?)\s*$")
-UNITS = {b"ms": 1.0, b"s": 1e3, b"m": 60e3}
 PER_RUN = {
     "seed", "run_id", "logfile", "log_file", "log_path", "local_rank", "rank", "model_path", "quantized_model_path",
     "output_dir", "run_name", "timestamp",
@@ -81,84 +64,9 @@ class Finding:
         return f"{place}: {self.level}: {self.text}"
 
 
-@dataclass
-class Log:
-    """Facts of one log, each with the line it stands on."""
-
-    path: Path
-    seed: str = ""
-    train_ms: list[tuple[float, int]] = field(default_factory=list)
-    totals: list[tuple[int, int]] = field(default_factory=list)
-    codes: list[tuple[int, int]] = field(default_factory=list)
-    mebibytes: list[tuple[float, int]] = field(default_factory=list)
-    finals: list[tuple[str, float, float, int]] = field(default_factory=list)
-    eval_ms: list[tuple[float, int]] = field(default_factory=list)
-    tokens: list[tuple[int, int]] = field(default_factory=list)
-    settings: dict[str, str] = field(default_factory=dict)
-
-
 def plain(path: Path) -> bool:
     """Whether it is a file itself, not a link to one, a pipe or a device."""
     return path.is_file() and not path.is_symlink()
-
-
-def whole(text: bytes) -> int:
-    """A count with commas; of so many digits that none is meant, 0."""
-    digits = text.replace(b",", b"")
-    return int(digits) if 0 < len(digits) < 19 else 0
-
-
-def decimal(text: bytes) -> float:
-    """Digits and points as a number; 0 where they are none."""
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
-
-
-def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines, each cut at LINE_LIMIT."""
-    with open(path, "rb") as stream:
-        number, rest = 0, False
-        while line := stream.readline(LINE_LIMIT):
-            if not rest:
-                number += 1
-                yield number, line
-            rest = not line.endswith(b"\n")
-
-
-def read_log(path: Path) -> Log:
-    """The facts of a log."""
-    log = Log(path, (re.findall(r"seed[_-]?(\d+)", path.name) or [""])[0])
-    in_settings = False
-    for number, line in lines_of(path):
-        if b"yperparameters" in line[:60]:
-            in_settings = True
-        elif in_settings:
-            if found := SETTING.match(line[:500]):
-                log.settings[found[1].decode()] = found[2].decode(errors="replace")
-            elif line.strip():
-                in_settings = False
-        line = line[:CUT]
-        if not KEYS.search(line):
-            continue
-        if found := TRAIN_TIME.search(line):
-            log.train_ms.append((decimal(found[1]) * UNITS[found[2]], number))
-        if found := TOTAL_SIZE.search(line):
-            log.totals.append((whole(found[1]), number))
-        if found := CODE_SIZE.search(line):
-            log.codes.append((whole(found[1]), number))
-        if found := MIB.search(line):
-            log.mebibytes.append((decimal(found[1]), number))
-        if found := FINAL.search(line):
-            log.finals.append((found[1].decode(errors="replace"), decimal(found[2]), decimal(found[3]), number))
-        if found := EVAL_TIME.search(line):
-            log.eval_ms.append((decimal(found[1]) * UNITS[found[2]], number))
-        if found := VAL_TOKENS.search(line):
-            log.tokens.append((whole(found[1]), number))
-        if not log.seed and (found := re.search(rb"\bseed[\"']?\s*[:=]\s*(\d+)", line)):
-            log.seed = found[1].decode()
-    return log
 
 
 class Linter:
@@ -231,7 +139,7 @@ class Linter:
     def line_of(self, path: Path, key: str) -> int:
         """Where a key stands in a JSON file."""
         names = (key, *ALIASES.get(key, ()))
-        for number, line in lines_of(path):
+        for number, line in numbered(path):
             if any(f'"{name}"'.encode() in line for name in names):
                 return number
         return 0

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from golf import folders, lint, records, run_list, stats
+from golf import folders, lint, records, run_list, stats, verdicts
 from golf.bundle import ROOT
 from golf.errors import UsageError
 from golf.files import LARGE, open_plain, write_bytes
@@ -50,7 +50,7 @@ def ready(runs: list[Path]) -> list[Record]:
         raise UsageError(f"submit: {len(runs)} runs, give {LEAST_SEEDS} or more, each of another seed.")
     found = run_list.sides(runs, runs, mixed=False)[0]
     for folder, record in zip(runs, found, strict=True):
-        told = records.read_verdict(folder)
+        told = verdicts.read(folder)
         if told is None:
             raise UsageError(f"{folder}: it has no verdict, run python eval_bpb.py {folder} first.")
         if told.get("folder_sha256") != folders.sha256_of(folder):
@@ -105,7 +105,7 @@ def submit(runs: list[Path], about: About, root: Path, against: list[Path]) -> P
         wanted = [f"{name}=={environment[name].split('+')[0]}\n" for name in REQUIREMENTS if name in environment]
         write_bytes(folder / "requirements.txt", "".join(wanted).encode())
         chosen_record = next(r for run, r in zip(runs, found, strict=True) if run == chosen)
-        checked = said_checks([records.read_verdict(run) for run in runs])
+        checked = said_checks([verdicts.read(run) for run in runs])
         values = submission(found, chosen_record, about, date, comparison)
         readable = "; `source/` holds the same code readable" if (folder / "source").is_dir() else ""
         told = readme(found, chosen_record, about, comparison, checked, own, readable)

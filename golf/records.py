@@ -1,15 +1,12 @@
-"""A run's record: submission.json with one schema, checked on read and write; folders, README and leaderboard."""
+"""A run's record: submission.json with one schema, checked on read and write; its folder and README."""
 
 from __future__ import annotations
 
 import html
 import json
 import math
-import os
 import re
 import shlex
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,7 +15,6 @@ from pathlib import Path
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from golf.bundle import ROOT
 from golf.config import TRACKS, Config, fields_from_dict
 from golf.data import Corpus
 from golf.errors import UsageError
@@ -194,25 +190,6 @@ def read(folder: Path) -> Record:
         raise UsageError(f"{path} is not JSON ({error}).") from error
 
 
-def read_verdict(folder: Path) -> dict | None:
-    """The referee's verdict beside a record, if it is one: its checks and whether it holds."""
-    try:
-        told = json.loads(read_plain(folder / "verdict.json"))
-        fits = isinstance(told["valid"], bool) and all(isinstance(c["status"], str) for c in told["checks"])
-        return told if fits and (told["valid"] or isinstance(told["invalid"], str)) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def said_verdict(verdict: dict | None) -> str:
-    """A verdict in a line."""
-    if not verdict:
-        return "none; python record.py judge FOLDER asks for it"
-    passed = sum(c["status"] == "passed" for c in verdict["checks"])
-    said = "valid" if verdict["valid"] else f"INVALID, {verdict['invalid']}"
-    return f"{said} ({passed} of {len(verdict['checks'])} checks passed)"
-
-
 def write(folder: Path, record: Record, place: Path | None = None) -> None:
     """Write submission.json and README.md, types checked, of a folder that will stand at `place`."""
     values = asdict(record)
@@ -330,54 +307,6 @@ def training_flops(folder: Path, config: Config, steps: int) -> int:
     """FLOPs of the first `steps` steps in a run's log."""
     taken = [r for r in read_log(folder / "log.jsonl") if r.get("event") == "step" and r["step"] <= steps]
     return sum(times * step_flops(config, loops) for loops, times in Counter(r["loops"] for r in taken).items())
-
-
-def called_invalid(record: Record, why: str) -> Record:
-    """A record without its score, which a referee does not believe; how the run ended is kept."""
-    ended = record.extra if record.status == "invalid" else record.extra | {"ended": [record.status, record.reason]}
-    return replace(record, status="invalid", reason=why, val_loss=None, val_bpb=None, extra=ended)
-
-
-def as_it_ended(record: Record) -> Record:
-    """A record as it was before a referee called it invalid."""
-    if record.status != "invalid":
-        return record
-    told = record.extra.get("ended")
-    fits = isinstance(told, list) and len(told) == 2 and told[0] == "interrupted" and isinstance(told[1], str)
-    extra = {key: value for key, value in record.extra.items() if key != "ended"}
-    return replace(record, status=told[0] if fits else "complete", reason=told[1] if fits else "", extra=extra)
-
-
-def judged(folder: Path, record: Record, data: Path) -> Record:
-    """Have the referee score the folder in a process of its own; write and return the completed record."""
-    command = [sys.executable, str(ROOT / "eval_bpb.py"), str(folder), "--data", str(data), "--json"]
-    alone = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=alone, check=False)
-    if done.returncode in (130, -2):  # Ctrl-C went to it too
-        print(f"`python record.py judge {folder}` asks the referee again.", file=sys.stderr)
-        raise KeyboardInterrupt
-    try:
-        verdict = json.loads(done.stdout)
-        if "invalid" in verdict:
-            record = called_invalid(record, str(verdict["invalid"]))
-            write(folder, record)
-            return record
-        record = replace(
-            as_it_ended(record), val_loss=verdict["val_loss"], val_bpb=verdict["val_bpb"],
-            eval_seconds=verdict["eval_seconds"],
-            val_tokens=verdict["val_tokens"], val_bytes=verdict["val_bytes"], model_sha256=verdict["model_sha256"],
-        )  # fmt: skip
-    except (ValueError, KeyError) as error:
-        why = f"it was ended by signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
-        raise UsageError(
-            f"The referee gave no score for {folder} ({why}); `python record.py judge {folder}` asks it again."
-        ) from error
-    write(folder, record)
-    return record
 
 
 def in_markdown(value: object) -> str:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from golf import charts, folders, records
+from golf import charts, folders, records, verdicts
 from golf.charts import Bar, Curve, Tile, bar_chart, line_chart, treemap
 from golf.errors import UsageError
 from golf.files import write_bytes
@@ -76,7 +76,7 @@ def read(folder: Path) -> Told:
         record = records.from_dict(
             {"name": folder.name, "status": "unfinished", "config": start.get("config", {})}, str(folder / "log.jsonl")
         )
-    return Told(folder, record, rows, records.read_verdict(folder))
+    return Told(folder, record, rows, verdicts.read(folder))
 
 
 def write(folder: Path, against: Path | None = None, output: Path | None = None) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from golf import folders, records
+from golf import folders, records, verdicts
 from golf.checks import check_scoring, check_threshold
 from golf.codec import read_header, with_note
 from golf.config import changed, fields_from_dict
@@ -47,7 +47,7 @@ def rescored(
         write_bytes(aside / "model.bin", with_note(data, note | {"scoring": changed(scoring)}))
         measured, adapts = folders.sizes(aside), scoring.adapts
         new = replace(
-            records.as_it_ended(record), stride=scoring.stride, chunk=scoring.chunk if adapts else 0, adapts=adapts,
+            verdicts.as_it_ended(record), stride=scoring.stride, chunk=scoring.chunk if adapts else 0, adapts=adapts,
             val_bpb=None, val_loss=None, eval_seconds=None, bytes_model=measured.weights, bytes_total=measured.total,
             content_shapes=scoring.exit != "none", headroom=record.cap - measured.total,
             config=record.config | {"scoring": asdict(scoring)},

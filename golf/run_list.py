@@ -8,7 +8,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from golf import records
+from golf import records, verdicts
 from golf.config import TRACKS
 from golf.errors import UsageError
 from golf.files import open_plain
@@ -70,7 +70,7 @@ def recorded(folder: Path) -> Started:
     record, log = records.read(folder), folder / "log.jsonl"
     if log.exists() and is_locked(log):  # packed already, and being judged, or gone on with
         return Started(folder, record, "running", "")
-    verdict = records.read_verdict(folder)
+    verdict = verdicts.read(folder)
     if record.status == "complete" and verdict and not verdict["valid"]:
         return Started(folder, record, "invalid", verdict["invalid"])
     return Started(folder, record, record.status, record.reason)

@@ -13,7 +13,7 @@ import zstandard
 from conftest import run
 from safetensors.numpy import save
 
-from golf import checkpoint, files, folders, log_file, records, rescore, resume, run_list
+from golf import checkpoint, files, folders, log_file, records, rescore, resume, run_list, verdicts
 from golf.data import Corpus
 from golf.errors import UsageError
 
@@ -47,7 +47,7 @@ def test_a_verdict_or_a_log_that_is_no_file_is_none(tmp_path):
     for kind in ("pipe", "device"):
         for name in ("verdict.json", "log.jsonl"):
             become(tmp_path / name, kind)
-        assert records.read_verdict(tmp_path) is None
+        assert verdicts.read(tmp_path) is None
         assert run_list.first_row(tmp_path / "log.jsonl") == {}
 
 

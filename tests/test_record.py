@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from scipy import stats as scipy_stats
 
-from golf import records, run_list, stats
+from golf import records, run_list, stats, verdicts
 from golf.errors import UsageError
 from golf.log_file import lock
 from golf.presets import PRESETS, parse_command_line
@@ -305,13 +305,13 @@ def test_a_run_that_was_not_judged_is_told_how(tmp_path):
 
 def test_what_a_referee_called_invalid_stands_as_it_ended_when_it_no_longer_does():
     stopped = records.Record(name="x", status="interrupted", reason="asked to stop", val_bpb=1.0)
-    twice = records.called_invalid(records.called_invalid(stopped, "too slow"), "too slow again")
+    twice = verdicts.called_invalid(verdicts.called_invalid(stopped, "too slow"), "too slow again")
     assert (twice.status, twice.reason, twice.val_bpb) == ("invalid", "too slow again", None)
-    again = records.as_it_ended(twice)
+    again = verdicts.as_it_ended(twice)
     assert (again.status, again.reason, again.extra) == ("interrupted", "asked to stop", {})
     for told in ([], ["crash", "x"], 3, ["interrupted", 4]):  # a stranger's
         odd = replace(twice, extra={"ended": told})
-        assert records.as_it_ended(odd).status == "complete"
+        assert verdicts.as_it_ended(odd).status == "complete"
 
 
 def test_a_run_that_is_being_judged_is_running(tmp_path):
